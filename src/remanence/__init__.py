@@ -1,0 +1,52 @@
+"""Remanence: sequence models with memory, where the state is a value that you can hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import errors, memory as _memory, mixers as _mixers, models as _models, tasks as _tasks
+from .catalog import Entry, catalog, find
+from .errors import UsageError
+from .mixers import Mixer
+from .models import Decoder, Model, ModelConfig, Output, load
+from .span import Span
+from .state import State
+
+__version__ = "0.1.0"
+__all__ = [
+    "Decoder", "Entry", "Mixer", "Model", "ModelConfig", "Output", "Session", "Span", "State", "catalog", "errors", "load",
+    "memory", "mixer", "model", "task",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """`Session` is imported when it is first asked for: its tokenizers are not needed to build a layer."""
+    if name == "Session":
+        from .session import Session
+
+        return Session
+    raise AttributeError(f"module 'remanence' has no attribute {name!r}")
+
+
+def mixer(slug: str, dim: int = 256, **hyper: Any) -> Mixer:
+    """A token mixer of the catalog by its slug. Raises UnknownName with the nearest slugs, UsageError on a bad hyper-parameter."""
+    return find(slug, ("mixer",)).builder(dim=dim, **hyper)
+
+
+def model(config: ModelConfig | str, **hyper: Any) -> Model:
+    """A Decoder from its ModelConfig, or a preset of the catalog by its slug (keyword arguments go to the preset)."""
+    if isinstance(config, ModelConfig):
+        if hyper:
+            raise UsageError(f"a ModelConfig is complete; {', '.join(hyper)} cannot be given beside it.")
+        return Decoder(config)
+    return find(config, ("model",)).builder(**hyper)
+
+
+def memory(slug: str, backbone: Model, **hyper: Any) -> Model:
+    """A segment or external memory around a model; itself a Model. Raises UnknownName with the nearest slugs."""
+    return find(slug, ("segment-memory", "external-memory")).builder(backbone, **hyper)
+
+
+def task(slug: str) -> Any:
+    """A benchmark of the catalog: `.sample(seed, n, length)`, `.score(example, output)`, `.published`."""
+    return find(slug, ("benchmark",)).builder()

@@ -1,0 +1,7 @@
+"""Models: stacks of mixers described as data."""
+
+from . import presets as _presets  # noqa: F401 (registers them)
+from .base import Model, Output, load
+from .decoder import Decoder, ModelConfig, parse_layers
+
+__all__ = ["Decoder", "Model", "ModelConfig", "Output", "load", "parse_layers"]

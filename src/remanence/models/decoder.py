@@ -1,0 +1,158 @@
+"""Decoder: a stack of blocks (norm, mixer, residual; norm, feed-forward, residual) that is described as data."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..catalog import find
+from ..errors import UsageError, positive
+from ..mixers.parts import GatedFFN, RMSNorm
+from ..span import Span, positions
+from ..state import State
+from .base import Model
+
+Layers = str | Sequence[str | dict[str, Any]]
+
+
+def parse_layers(layers: Layers) -> list[dict[str, Any]]:
+    """A list of layer specs from its short form.
+
+    "3 x gated-deltanet, 1 x attention" -> four specs; an item may also be a slug or {"mixer": slug, "times": n, **hyper-parameters}.
+    """
+    items = layers.split(",") if isinstance(layers, str) else list(layers)
+    specs: list[dict[str, Any]] = []
+    for item in items:
+        if isinstance(item, str):
+            match = re.fullmatch(r"\s*(?:(\d+)\s*x\s+)?([a-z0-9][a-z0-9-]*)\s*", item)
+            if match is None:
+                raise UsageError(f"layer spec {item!r} is not understood; write 'slug' or 'N x slug', separated by commas.")
+            item = {"mixer": match[2], "times": int(match[1] or 1)}
+        if "mixer" not in item:
+            raise UsageError(f"layer spec {item!r} names no mixer; expected a 'mixer' key.")
+        spec = {key: value for key, value in item.items() if key != "times"}
+        spec["mixer"] = find(spec["mixer"], ("mixer",)).slug
+        times = item.get("times", 1)
+        positive(times=times)
+        specs.extend(dict(spec) for _ in range(times))
+    if not specs:
+        raise UsageError("layers is empty; a model needs at least one layer.")
+    return specs
+
+
+@dataclass
+class ModelConfig:
+    """A Decoder as data.
+
+    vocab: number of token ids. dim: model width. layers: see `parse_layers`; a spec's own hyper-parameters go to its mixer, and `ffn` in a
+    spec overrides the model's. repeat: times the list is stacked. ffn: hidden width of the gated feed-forward as a multiple of dim, 0 for
+    none. tie: the head is the embedding transposed.
+    """
+
+    vocab: int
+    dim: int = 128
+    layers: Layers = field(default_factory=lambda: [{"mixer": "attention"}])
+    repeat: int = 1
+    ffn: float = 2.0
+    tie: bool = True
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        positive(vocab=self.vocab, dim=self.dim, repeat=self.repeat)
+        if not 0 <= self.ffn <= 64:
+            raise UsageError(f"ffn is {self.ffn}; it must be a multiple of dim in 0..64.")
+        self.layers = parse_layers(self.layers)
+
+
+class DecoderState(State):
+    seen: Tensor  # [B] int64
+    layers: tuple  # the mixers' states, bottom up
+
+
+class Block(nn.Module):
+    """h <- h + mixer(norm(h)); h <- h + ffn(norm(h))."""
+
+    def __init__(self, dim: int, spec: dict[str, Any], ffn: float, eps: float):
+        super().__init__()
+        spec = dict(spec)
+        slug, ffn = spec.pop("mixer"), spec.pop("ffn", ffn)
+        self.mixer = find(slug, ("mixer",)).builder(dim=dim, **spec)
+        self.norm = RMSNorm(dim, eps)
+        hidden = int(dim * ffn)
+        self.ffn_norm, self.ffn = (RMSNorm(dim, eps), GatedFFN(dim, hidden)) if hidden else (None, None)
+
+    def forward(self, h: Tensor, state: State | None, span: Span | None) -> tuple[Tensor, State]:
+        y, state = self.mixer(self.norm(h), state, span)
+        h = h + y
+        if self.ffn is not None and self.ffn_norm is not None:
+            h = h + self.ffn(self.ffn_norm(h))
+        return h, state
+
+
+class Decoder(Model):
+    """ids -> embedding -> blocks -> RMSNorm -> logits; the state is the tuple of the mixers' states."""
+
+    kind = "decoder"
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = asdict(config)
+        self.vocab, self.dim = config.vocab, config.dim
+        self.embedding = nn.Embedding(config.vocab, config.dim)
+        specs = parse_layers(config.layers) * config.repeat
+        self.blocks = nn.ModuleList(Block(config.dim, spec, config.ffn, config.eps) for spec in specs)
+        self.norm = RMSNorm(config.dim, config.eps)
+        self.unembedding = nn.Linear(config.dim, config.vocab, bias=False)
+        self._init_weights(len(specs))
+        if config.tie:
+            self.unembedding.weight = self.embedding.weight
+
+    def _init_weights(self, depth: int) -> None:
+        """Embedding 0.02; the projections back into the residual stream are scaled by 1 / sqrt(2 depth)."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.unembedding.weight, std=0.02)
+        for block in self.blocks:
+            ends = [block.mixer.out] if isinstance(getattr(block.mixer, "out", None), nn.Linear) else []
+            ends += [block.ffn.down] if block.ffn is not None else []
+            for linear in ends:
+                with torch.no_grad():
+                    linear.weight.mul_((2 * depth) ** -0.5)
+
+    @classmethod
+    def build(cls, config: dict[str, Any]) -> Decoder:
+        known = inspect.signature(ModelConfig).parameters
+        extra = set(config) - set(known)
+        if extra:
+            raise UsageError(f"the configuration has {', '.join(sorted(extra))}; a decoder's may have {', '.join(known)}.")
+        return cls(ModelConfig(**config))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids)
+
+    def encode(
+        self,
+        h: Tensor,
+        state: DecoderState | None = None,
+        span: Span | None = None,
+        before: Callable[[int, Tensor], Tensor] | None = None,
+        after: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, DecoderState]:
+        """h [B, T, dim], right-padded -> (hidden after the last norm, state). before(l, h), after(l, h) may change what enters or leaves block l."""
+        layers = []
+        for index, block in enumerate(self.blocks):
+            h = before(index, h) if before else h
+            h, new = block(h, state and state.layers[index], span)
+            h = after(index, h) if after else h
+            layers.append(new)
+        seen = state.seen if state else torch.zeros(len(h), dtype=torch.long, device=h.device)
+        seen = positions(seen, h.shape[1], span)[:, -1] + 1
+        return self.norm(h), DecoderState(seen=seen, layers=tuple(layers)).stamp(*self.header)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.unembedding(hidden)
