@@ -1,7 +1,8 @@
 """Pack the public-domain books that the package ships: `python tools/pack_books.py SOURCE_FOLDER OUTPUT_FOLDER`.
 
-Each book keeps its title, its author and its text. Front matter (imprint, contents, credits) and end matter (advertisements, notes of the
-transcribers) go, hard-wrapped lines become one line per paragraph, and the marks of italics disappear. The output is the same bytes every time.
+Each book keeps its title, its author and its text. Front matter (imprint, contents, credits) and end matter (advertisements, notes of
+the transcribers) go, hard-wrapped lines become one line per paragraph, and the marks of italics disappear. The output is the same bytes
+every time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Book:
-    """Where one book's text lies in its source: from the last line that equals `first` to the line before `after` (or the end of the file)."""
+    """Where a book's text lies in its source: from the last line that equals `first` to the line before `after` (or to the end)."""
 
     slug: str
     title: str

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import errors, memory as _memory, mixers as _mixers, models as _models, tasks as _tasks
+from . import errors
+from . import memory as _memory  # noqa: F401 (importing a package registers its systems)
+from . import mixers as _mixers  # noqa: F401
+from . import models as _models  # noqa: F401
+from . import tasks as _tasks  # noqa: F401
 from .catalog import Entry, catalog, find
 from .errors import UsageError
 from .mixers import Mixer
@@ -15,8 +19,15 @@ from .state import State
 __version__ = "0.1.0"
 __all__ = [
     "Decoder", "Entry", "Mixer", "Model", "ModelConfig", "Output", "Session", "Span", "State", "catalog", "errors", "load",
-    "memory", "mixer", "model", "task",
+    "memory", "mixer", "model", "reader", "task",
 ]  # fmt: skip
+
+
+def reader() -> tuple[Model, Any]:
+    """The model that ships with the library and its tokenizer: `rm.Session(*rm.reader())`."""
+    from .session import load_reader
+
+    return load_reader()
 
 
 def __getattr__(name: str) -> Any:

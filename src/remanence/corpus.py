@@ -18,7 +18,7 @@ READ_BYTES = 1 << 20
 
 
 def load_text(path: str | Path) -> str:
-    """The whole text of a UTF-8 file, or of a gzipped one whose name ends in .gz. Line ends are kept as they are; a byte order mark is dropped.
+    """The whole text of a UTF-8 file, or of a gzipped one whose name ends in .gz. Line ends are kept; a byte order mark is dropped.
 
     Raises UsageError if the file is missing, a folder, unreadable, empty, not UTF-8 (with the offset of the first bad byte) or not gzip.
     """
@@ -28,8 +28,8 @@ def load_text(path: str | Path) -> str:
 def iter_text(path: str | Path, chunk_chars: int = 1 << 20) -> Iterator[str]:
     """The text of a file in pieces of `chunk_chars` characters (the last may be shorter), in memory that does not grow with the file.
 
-    Its pieces joined are `load_text(path)`. Raises the same errors: the file is opened, and found missing or empty, by this call; a bad byte is
-    reported when the reading reaches it.
+    Its pieces joined are `load_text(path)`. Raises the same errors: the file is opened, and found missing or empty, by this call; a bad
+    byte is reported when the reading reaches it.
     """
     positive(chunk_chars=chunk_chars)
     pieces = _decode(Path(path))

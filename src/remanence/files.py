@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import FileError
 
 
-def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a fresh name beside `path`, flush it to the disk, then rename it into place.
 
     Raises FileError (one sentence) when the disk is full or the place cannot be written; `path` is then what it was before.
@@ -49,7 +49,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically."""
-    write_atomic(path, lambda beside: beside.write_text(text, encoding="utf-8") and None)
+    write_atomic(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -12,7 +12,7 @@ from .errors import ShapeError, UsageError
 
 
 class Span:
-    """valid [B, T] bool, False where a position is padding; reset [B, T] bool, True on the first token of a document. None means all / none.
+    """valid [B, T] bool, False where a position is padding; reset [B, T] bool, True on a document's first token. None means all / none.
 
     A padded position changes nothing. At a reset the state is that of a fresh start before the token is read; the first token of a call
     continues the state given unless it is marked. Documents packed in one row are marked by resets, or given as `from_cu_seqlens`.
@@ -39,7 +39,9 @@ class Span:
         return cls(reset=reset)
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int] | Tensor, total: int, side: str = "right", device: torch.device | str | None = None) -> Self:
+    def from_lengths(
+        cls, lengths: Sequence[int] | Tensor, total: int, side: str = "right", device: torch.device | str | None = None
+    ) -> Self:
         """Rows of `lengths` real tokens, padded to `total` on the `side` named ('left' or 'right')."""
         if side not in ("left", "right"):
             raise UsageError(f"side is {side!r}; it must be 'left' or 'right'.")

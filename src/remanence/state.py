@@ -191,7 +191,8 @@ class State:
                 return {"tensor": "growing" if isinstance(value, Growing) else "fixed"}
             return {"value": value}
 
-        return {"state": type(self).__name__, "header": list(self.header), "fields": {name: walk(self.__dict__[name]) for name in self.fields}}
+        fields = {name: walk(self.__dict__[name]) for name in self.fields}
+        return {"state": type(self).__name__, "header": list(self.header), "fields": fields}
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose header says format version, system, configuration digest, tokens seen and a digest of the content.
@@ -218,7 +219,10 @@ class State:
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> State:
-        """Read a state back, to the same bits. Raises StateError, naming the file, if it is missing, truncated, tampered with or of another format."""
+        """Read a state back, to the same bits.
+
+        Raises StateError, naming the file, if it is missing, truncated, tampered with or of another format.
+        """
         path = Path(path)
         if path.is_dir():
             raise StateError(f"{path} is a directory; a state file is needed.")
@@ -270,7 +274,7 @@ def select_rows(mask: Tensor, one: State, other: State) -> State:
     chosen = []
     for (name, a), (_, b) in zip(one.named_tensors(), other.named_tensors(), strict=True):
         if a.shape != b.shape:
-            raise ShapeError(f"the states' tensor {name!r} has shape {list(a.shape)} in one and {list(b.shape)} in the other; they must agree.")
+            raise ShapeError(f"the states' tensor {name!r} has shape {list(a.shape)} in one and {list(b.shape)} in the other.")
         chosen.append(torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b))
     values = iter(chosen)
     return one.map(lambda _: next(values))

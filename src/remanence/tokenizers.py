@@ -1,4 +1,4 @@
-"""Text to token ids and back: raw bytes, or byte-level BPE. Both give back every string exactly, and both encode endless text in bounded memory.
+"""Text to token ids and back: raw bytes, or byte-level BPE. Both give back every string, and encode endless text in bounded memory.
 
 Ids 0..255 are the 256 bytes in both; the ids of merged tokens follow; the specials are the last three: pad, bos, eos. No text encodes to a
 special: "<eos>" in a text is five ordinary characters.
@@ -106,8 +106,8 @@ class ByteTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level BPE: words and punctuation are split as GPT-2 does, then bytes merge in the order of `merges`.
 
-    merges: pairs of symbols, each a string over the 256 printable stand-ins for bytes. ids: bytes 0..255, then one per different merged symbol in
-    order, then pad, bos, eos. No space is put before a text.
+    merges: pairs of symbols, each a string over the 256 printable stand-ins for bytes. ids: bytes 0..255, then one per different merged
+    symbol in order, then pad, bos, eos. No space is put before a text.
     """
 
     kind = "bpe"
@@ -210,8 +210,8 @@ def stream_encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[
 def _segments(pieces: Iterable[str]) -> Iterator[str]:
     """The same text in segments of at most LONGEST characters that can be encoded apart.
 
-    A cut falls before a space or line end that a visible character follows: both sides are split there into the words that the whole is. Where
-    LONGEST characters hold no such place the cut is after LONGEST of them, which depends on the text and not on its pieces.
+    A cut falls before a space or line end that a visible character follows: both sides are split there into the words that the whole is.
+    Where LONGEST characters hold no such place the cut is after LONGEST of them, which depends on the text and not on its pieces.
     """
     held: list[str] = []
     length = 0
@@ -294,7 +294,7 @@ def _learn(texts: Iterable[str], size: int) -> list[Pair]:
 def _with_words(merges: Sequence[Pair], words: Iterable[list[str]]) -> list[Pair]:
     """Merges that also make each word one token.
 
-    New merges go last. The last merge applies only where no other can, so it changes no word that is one token already, and it shortens by one
+    New merges go last. The last merge applies only where no other can, so it changes no word that is one token already, and it shortens
     the word that it was added for.
     """
     merges = list(merges)

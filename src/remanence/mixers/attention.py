@@ -28,8 +28,8 @@ def rotate(x: Tensor, position: Tensor, theta: float, dims: int) -> Tensor:
     freq = theta ** (-torch.arange(0, dims, 2, device=x.device, dtype=torch.float64) / dims)
     angle = position[..., None].double() * freq  # [B, T, dims / 2]
     cos, sin = angle.cos().to(x.dtype)[:, :, None], angle.sin().to(x.dtype)[:, :, None]
-    a, b, rest = x[..., : dims // 2], x[..., dims // 2 : dims], x[..., dims:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+    a, b, rest = x.split([dims // 2, dims // 2, x.shape[-1] - dims], -1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), rest], -1)
 
 
 @system("attention", kind="mixer", paper="arXiv:1706.03762", year=2017, name="Attention (GQA, RoPE, window, sinks)")
@@ -71,15 +71,16 @@ class Attention(Mixer):
         batch, length, _ = x.shape
         seen = state.seen if state else torch.zeros(batch, dtype=torch.long, device=x.device)
         at, doc = positions(seen, length, span), documents(span)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.to_qkv(x).split(self.sizes, -1))
+        qk, v = self.to_qkv(x).unflatten(-1, (-1, self.head_dim)).split([self.heads + self.kv_heads, self.kv_heads], 2)
         if self.rope_dims:
-            q, k = rotate(q, at, self.theta, self.rope_dims), rotate(k, at, self.theta, self.rope_dims)
+            qk = rotate(qk, at, self.theta, self.rope_dims)
+        q, k = qk.split([self.heads, self.kv_heads], 2)  # [B, T, H or G, D]
         k_at = at if span is None or span.valid is None else torch.where(span.valid, at, DEAD)
         scale = self.head_dim**-0.5
         if self.window is None:
             o, cache = self._all(q, k, v, at, k_at, doc, state, span, scale)
         else:
-            o, cache = self._windowed(q, k, v, at, k_at, doc, state, scale)
+            o, cache = self._windowed(q, k, v, at, k_at, doc, state, self.window, scale)
         keys, values, alive = cache
         return self.out(o.flatten(2)), AttentionState(seen=at[:, -1] + 1, keys=keys, values=values, at=alive)
 
@@ -96,19 +97,21 @@ class Attention(Mixer):
         if mask is not None:
             mask = mask | ~mask.any(-1, keepdim=True)  # a padded query sees anything rather than nothing: no NaN
         o = attend(q, cache[0].tensor, cache[1].tensor, mask, scale)
-        if doc is not None:  # keys of documents that are over stay in the buffer, seen by nobody, until a reset at every row lets it go
+        if doc is not None:  # let go of documents that are over: each row's live keys move to the right, as wide as the longest row's
             past = 0 if state is None else state.at.length
             last = doc[:, -1:]
             old_dead = torch.where(last > 0, DEAD, cache[2].tensor[:, :past])
             new_dead = torch.where(doc == last, k_at, DEAD)
             alive = torch.cat([old_dead, new_dead], 1)
-            first = int((alive >= 0).any(0).to(torch.int8).argmax()) if bool((alive >= 0).any()) else alive.shape[1]
-            cache = Growing(cache[0].tensor[:, first:].clone()), Growing(cache[1].tensor[:, first:].clone()), Growing(alive[:, first:].clone())
+            size = int((alive >= 0).sum(1).max())
+            order = (alive >= 0).to(torch.int8).argsort(dim=1, stable=True)[:, alive.shape[1] - size :]
+            pick = order[..., None, None].expand(-1, -1, *k.shape[2:])
+            cache = Growing(cache[0].tensor.gather(1, pick)), Growing(cache[1].tensor.gather(1, pick)), Growing(alive.gather(1, order))
         return o, cache
 
-    def _windowed(self, q, k, v, at, k_at, doc, state, scale):
+    def _windowed(self, q, k, v, at, k_at, doc, state, window: int, scale):
         """Window and sinks; the cache keeps `window - 1` recent keys and the sinks, dead entries where there are fewer."""
-        keep = self.window - 1 + self.sinks
+        keep = window - 1 + self.sinks
         batch, length, groups, width = k.shape
         if state is None:
             past = k.new_zeros(batch, keep, groups, width), v.new_zeros(batch, keep, groups, width), k_at.new_full((batch, keep), DEAD)
@@ -117,15 +120,15 @@ class Attention(Mixer):
         keys, values, k_all = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), torch.cat([past[2], k_at], 1)
         k_doc = None if doc is None else torch.cat([torch.zeros_like(past[2]), doc], 1)
         if self.sinks == 0 and length > 1:
-            o = local(q, keys, values, at, k_all, doc, k_doc, self.window, scale)
+            o = local(q, keys, values, at, k_all, doc, k_doc, window, scale)
         else:
-            mask = visible(at, k_all, doc, k_doc, self.window, self.sinks)
+            mask = visible(at, k_all, doc, k_doc, window, self.sinks)
             o = attend(q, keys, values, mask | ~mask.any(-1, keepdim=True), scale)
         if doc is None and self.sinks == 0 and (k_at is at):
-            start = keys.shape[1] - keep
-            return o, (keys[:, start:], values[:, start:], k_all[:, start:])
+            start = keys.shape[1] - keep  # cloned, so that a state that is kept does not keep the whole call's keys alive
+            return o, (keys[:, start:].clone(), values[:, start:].clone(), k_all[:, start:].clone())
         # what the next token may still see: the current document's sinks and last window - 1 keys; stable sort puts them last, in order
-        alive = (k_all >= 0) & ((k_all > at[:, -1:] - self.window + 1) | (k_all < self.sinks))
+        alive = (k_all >= 0) & ((k_all > at[:, -1:] - window + 1) | (k_all < self.sinks))
         if doc is not None:
             alive = alive & (k_doc == doc[:, -1:])
         order = alive.to(torch.int8).argsort(dim=1, stable=True)[:, keys.shape[1] - keep :]

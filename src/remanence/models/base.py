@@ -23,7 +23,7 @@ MODEL_FORMAT = 1
 
 @dataclass(frozen=True)
 class Output:
-    """logits [B, T, V] ([B, 1, V] when only the last were asked for, None when none were), the state, hidden [B, T, dim], loss or None."""
+    """logits [B, T, V] ([B, 1, V] if only the last were asked for, None if none were), the state, hidden [B, T, dim], loss or None."""
 
     logits: Tensor | None
     state: State
@@ -80,7 +80,7 @@ class Model(nn.Module):
         targets: Tensor | None = None,
         logits: str = "all",
     ) -> Output:
-        """ids [B, T] int64, T >= 1; targets [B, T], what is to be predicted at each position, -100 for nothing; logits 'all', 'last' or 'none'.
+        """ids [B, T] int64, T >= 1; targets [B, T], what to predict at each position, -100 for nothing; logits 'all', 'last' or 'none'.
 
         'last' are those at each row's last real token. The loss is the mean cross-entropy over the targets. Raises ShapeError on ids of
         the wrong shape, dtype or range, StateError on a state that another model, configuration or batch made.
@@ -91,7 +91,7 @@ class Model(nn.Module):
             raise ShapeError(f"ids have dtype {ids.dtype} and shape {list(ids.shape)}; expected int64 [B, T].")
         if ids.numel() == 0:
             raise ShapeError(f"ids have shape {list(ids.shape)}; an empty sequence or batch cannot be read.")
-        if not torch.compiler.is_compiling() and not (0 <= int(ids.min()) and int(ids.max()) < self.vocab):
+        if not torch.compiler.is_compiling() and not (int(ids.min()) >= 0 and int(ids.max()) < self.vocab):
             raise ShapeError(f"ids range from {int(ids.min())} to {int(ids.max())}; this model's vocabulary is 0..{self.vocab - 1}.")
         if targets is not None and targets.shape != ids.shape:
             raise ShapeError(f"targets have shape {list(targets.shape)} and ids {list(ids.shape)}; they must agree.")
@@ -133,7 +133,8 @@ class Model(nn.Module):
             "sha256": tensor_digest(tensors),
             "provenance": provenance or {},
         }
-        write_atomic(folder / "model.safetensors", lambda beside: save_file(tensors, beside, metadata={"format": "pt", "sha256": header["sha256"]}))
+        metadata = {"format": "pt", "sha256": str(header["sha256"])}
+        write_atomic(folder / "model.safetensors", lambda beside: save_file(tensors, beside, metadata=metadata))
         write_text(folder / "config.json", json.dumps(header, indent=2, default=str) + "\n")
 
     def _unique(self) -> dict[str, Tensor]:
@@ -148,7 +149,7 @@ class Model(nn.Module):
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Model:
-    """The model saved in `folder`, in eval mode. Raises UsageError, naming the file, on anything missing, truncated, tampered with or unknown."""
+    """The model saved in `folder`, in eval mode. Raises UsageError, naming the file, if one is missing, truncated, changed or unknown."""
     folder = Path(folder)
     path, weights = folder / "config.json", folder / "model.safetensors"
     for file in (path, weights):
@@ -170,6 +171,11 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Model:
     if tensor_digest(tensors) != header.get("sha256"):
         raise UsageError(f"{weights} does not match the digest in {path.name}: one of them was changed after they were saved.")
     model = Model._kinds[kind].build(config)
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        if name in own and own[name].shape != tensor.shape:
+            shapes = f"{name} has shape {list(tensor.shape)}, expected {list(own[name].shape)}"
+            raise UsageError(f"{weights} does not fit {path.name}: {shapes}.")
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     missing = [name for name in missing if name in model._unique()]
     if missing or unexpected:

@@ -65,8 +65,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         positive(vocab=self.vocab, dim=self.dim, repeat=self.repeat)
-        if not 0 <= self.ffn <= 64:
-            raise UsageError(f"ffn is {self.ffn}; it must be a multiple of dim in 0..64.")
+        if not isinstance(self.ffn, (int, float)) or not 0 <= self.ffn <= 64:
+            raise UsageError(f"ffn is {self.ffn!r}; it must be a number in 0..64, the hidden width as a multiple of dim.")
         self.layers = parse_layers(self.layers)
 
 
@@ -88,11 +88,16 @@ class Block(nn.Module):
         self.ffn_norm, self.ffn = (RMSNorm(dim, eps), GatedFFN(dim, hidden)) if hidden else (None, None)
 
     def forward(self, h: Tensor, state: State | None, span: Span | None) -> tuple[Tensor, State]:
-        y, state = self.mixer(self.norm(h), state, span)
+        y, new = self.mixer(self.norm(h), state, span)
         h = h + y
         if self.ffn is not None and self.ffn_norm is not None:
             h = h + self.ffn(self.ffn_norm(h))
-        return h, state
+        return h, new
+
+    def ends(self) -> list[nn.Linear]:
+        """The projections back into the residual stream."""
+        found = [getattr(self.mixer, "out", None), None if self.ffn is None else self.ffn.down]
+        return [linear for linear in found if isinstance(linear, nn.Linear)]
 
 
 class Decoder(Model):
@@ -117,11 +122,9 @@ class Decoder(Model):
         """Embedding 0.02; the projections back into the residual stream are scaled by 1 / sqrt(2 depth)."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.unembedding.weight, std=0.02)
-        for block in self.blocks:
-            ends = [block.mixer.out] if isinstance(getattr(block.mixer, "out", None), nn.Linear) else []
-            ends += [block.ffn.down] if block.ffn is not None else []
-            for linear in ends:
-                with torch.no_grad():
+        with torch.no_grad():
+            for block in self.blocks:
+                for linear in block.ends():  # type: ignore[operator]
                     linear.weight.mul_((2 * depth) ** -0.5)
 
     @classmethod
@@ -143,7 +146,10 @@ class Decoder(Model):
         before: Callable[[int, Tensor], Tensor] | None = None,
         after: Callable[[int, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, DecoderState]:
-        """h [B, T, dim], right-padded -> (hidden after the last norm, state). before(l, h), after(l, h) may change what enters or leaves block l."""
+        """h [B, T, dim], right-padded -> (hidden after the last norm, state).
+
+        before(l, h) and after(l, h), if given, may change what enters and what leaves block l.
+        """
         layers = []
         for index, block in enumerate(self.blocks):
             h = before(index, h) if before else h

@@ -1,1 +1,1 @@
-"""The mathematics: plain functions on tensors [B, T, H, K], one folder per rule, four words per rule (naive, step, chunk, and the rule itself)."""
+"""The mathematics: plain functions on tensors [B, T, H, K], one folder a rule, four words a rule (naive, step, chunk, and the rule)."""

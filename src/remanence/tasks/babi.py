@@ -547,19 +547,13 @@ def task_name(task: str) -> str:
     return task
 
 
-def arrange(story: Story, task: str, pieces: Sequence[Sequence[int]], starts: Sequence[int], ids: np.ndarray) -> Example:
-    """Write each fact's tokens (`pieces`) into the context at its place (`starts`) and describe the result."""
-    for piece, start in zip(pieces, starts, strict=True):
-        ids[start : start + len(piece)] = piece
-    facts = tuple(Fact(fact, int(start)) for fact, start in zip(story.facts, starts, strict=True))
-    return Example(ids, story.question, story.answer, facts, story.support, LABELS[task])
-
-
 def facts_alone(story: Story, task: str, tokenizer: Tokenizer) -> Example:
     """The context that holds the facts and nothing else."""
     pieces = encode_facts(story, tokenizer)
-    *starts, length = [0, *accumulate(map(len, pieces))]
-    return arrange(story, task, pieces, starts, np.empty(length, np.int64))
+    starts = [0, *accumulate(map(len, pieces))]
+    facts = tuple(Fact(fact, start) for fact, start in zip(story.facts, starts))
+    ids = np.array([i for piece in pieces for i in piece], np.int64)
+    return Example(ids, story.question, story.answer, facts, story.support, LABELS[task])
 
 
 class BabiTask(Task):

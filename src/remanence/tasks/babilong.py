@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
-from itertools import chain
+from itertools import accumulate, chain
 from os import PathLike
 from typing import Any
 
@@ -18,8 +18,8 @@ import numpy as np
 
 from ..catalog import system
 from ..errors import UsageError
-from .babi import BabiTask, Story, arrange, draw, encode_facts, facts_alone, pool_of, task_name, task_of
-from .base import Example, Published, Tokenizer, default_tokenizer, stream
+from .babi import LABELS, BabiTask, Story, draw, encode_facts, facts_alone, pool_of, task_name, task_of
+from .base import Example, Fact, Published, Tokenizer, default_tokenizer, stream
 
 MIN_SENTENCE = 10
 """Sentences of fewer tokens are not used as noise."""
@@ -137,6 +137,54 @@ def slots(noise: Haystack, start: int, budget: int, length: int, facts: int, dep
     return low, high
 
 
+class Scattered(Example):
+    """A context that is made as it is read: noise from the place `start` of a haystack on, and between its sentences the facts.
+
+    pieces: each fact's tokens; places: after how many tokens of noise it comes, ascending. Only `ids` makes the whole context.
+    """
+
+    _noise: Haystack
+    _start: int
+    _pieces: Sequence[Sequence[int]]
+    _length: int
+
+    def __init__(
+        self, story: Story, task: str, noise: Haystack, start: int, pieces: Sequence[Sequence[int]], places: Sequence[int], length: int
+    ):
+        told = [0, *accumulate(map(len, pieces))]  # tokens of the facts before fact i
+        facts = tuple(Fact(fact, place + before) for fact, place, before in zip(story.facts, places, told))
+        own = {"question": story.question, "answer": story.answer, "facts": facts, "support": story.support, "labels": LABELS[task]}
+        self.__dict__.update(own, _noise=noise, _start=start, _pieces=pieces, _length=length)
+
+    @property
+    def ids(self) -> np.ndarray:  # type: ignore[override]
+        return self.read(0, self._length)
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        start, stop, _ = slice(start, stop).indices(self._length)
+        out = np.empty(max(0, stop - start), np.int64)
+        at, told = start, 0  # context position, tokens of facts before it
+        for fact, piece in zip(self.facts, self._pieces):
+            first, last = fact.position, fact.position + len(piece)
+            if last <= at:
+                told += len(piece)
+                continue
+            if first >= stop:
+                break
+            if at < first:
+                self._noise.copy(self._start + at - told, out[at - start : first - start])
+                at = first
+            end = min(last, stop)
+            out[at - start : end - start] = piece[at - first : end - first]
+            at, told = end, told + len(piece)
+        self._noise.copy(self._start + at - told, out[at - start :])
+        return out
+
+
 def scatter(
     story: Story, task: str, pieces: list[list[int]], length: int, noise: Haystack, depth: tuple[float, float], rng: random.Random
 ) -> Example:
@@ -148,15 +196,8 @@ def scatter(
     budget, start = length - facts, noise.start(rng)
     low, high = slots(noise, start, budget, length, facts, depth)
     drawn = sorted(low + int(rng.random() * (high - low)) for _ in pieces)
-    ids = np.empty(length, np.int64)
-    starts, told, read = [], 0, 0
-    for piece, slot in zip(pieces, drawn, strict=True):
-        place = min(noise.place(slot) - start, budget)  # the slot after the last sentence lies where that sentence was cut
-        noise.copy(start + read, ids[told + read : told + place])
-        starts.append(told + place)
-        told, read = told + len(piece), place
-    noise.copy(start + read, ids[told + read :])
-    return arrange(story, task, pieces, starts, ids)
+    places = [min(noise.place(slot) - start, budget) for slot in drawn]  # the slot after the last sentence lies where that was cut
+    return Scattered(story, task, noise, start, pieces, places, length)
 
 
 _WHERE = (

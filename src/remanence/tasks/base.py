@@ -64,7 +64,16 @@ class Example:
     @property
     def distance(self) -> int:
         """Tokens from the start of the last supporting fact to the end of the context: how long it must be remembered, at least."""
-        return len(self.ids) - max((self.facts[i].position for i in self.support), default=0)
+        return self.length - max((self.facts[i].position for i in self.support), default=0)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the context."""
+        return len(self.ids)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """ids[start:stop]. A task whose contexts are long makes no more of them than is read, so a stream needs no memory for the rest."""
+        return self.ids[start:stop]
 
     def text(self, tokenizer: Tokenizer | None = None) -> str:
         """The context as text; `tokenizer` is the one that the example was made with (None: bytes, the default)."""

@@ -62,7 +62,7 @@ class _Chunk(torch.autograd.Function):
 
 
 def _shifts(x: Tensor, before: Tensor) -> Iterator[tuple[int, Tensor, Tensor, int]]:
-    """For j = 1 .. W - 1 the inputs j tokens ago: j, those of this call (for tokens j ..), those before it (for the first tokens), their number."""
+    """For j = 1 .. W - 1: j, the inputs j tokens before tokens j .. of this call, those before its first tokens, and their number."""
     length, width = x.shape[1], before.shape[1] + 1
     for j in range(1, width):
         past = min(j, length)
@@ -70,7 +70,10 @@ def _shifts(x: Tensor, before: Tensor) -> Iterator[tuple[int, Tensor, Tensor, in
 
 
 def chunk(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, reset: Tensor | None = None) -> Tensor:
-    """As `naive`, all tokens at once: W shifted multiply-adds, which for W <= 4 beat a transposed conv1d on a CPU. First-order gradients only."""
+    """As `naive`, all tokens at once: W shifted multiply-adds, which for W <= 4 beat a transposed conv1d on a CPU.
+
+    First-order gradients only.
+    """
     fresh = None
     if reset is not None:  # tokens since the document started; as large as can be where it started before this call
         at = torch.arange(x.shape[1], device=x.device)
@@ -78,7 +81,9 @@ def chunk(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, reset:
     return _Chunk.apply(x, weight, bias, before, fresh)
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, before: Tensor | None = None, span: Span | None = None) -> tuple[Tensor, Tensor]:
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, before: Tensor | None = None, span: Span | None = None
+) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution of x [B, T, C] with weight [C, W]; returns y [B, T, C] and the new state [B, W - 1, C].
 
     `before` is the state given, None for a fresh start (zeros). `span` must be right-padded.

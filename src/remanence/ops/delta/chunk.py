@@ -35,10 +35,10 @@ def inverse(L: Tensor) -> Tensor:
 class _Chunks(torch.autograd.Function):
     """q, k [N, M, C, K], v [N, M, C, V], running log decays g and beta b [N, M, C], S [M, K, V] with M = B H -> o like v, final S.
 
-    With G_ij = exp(g_i - g_j), A = strict_tril(K K^T G) and E = exp(g):  b^-1 new + A new = V - E K S, so that
-    new = (I + b A)^-1 (b V - b E K S) is solved backward too by the one inverse: p = (I + b A)^-T d_new.
-    `read` is the gradient of b k where it reads (left side), `write` that of k where it is written. Log decays need no pass over
-    [C, C]: g_i multiplies all that token i reads and -g_i all that it writes, so their gradient is <q, dq> + <b k, read> - <k, write>.
+    The equations are those of `chunk`. V' solves a triangular system, so that its gradient needs only the same inverse, transposed:
+    p = (I + b A)^-T dV' is the gradient of the right side and -p V'^T that of b A. `read` is the gradient of b k where it reads the
+    memory, `write` that of k where it is written. Those of g need no pass over [C, C]: g_i scales all that token i reads and -g_i all
+    that it writes, so they are <q, dq> + <b k, read> - <k, write>, and <S, dS> of the state after it for a chunk's last token.
     """
 
     @staticmethod
@@ -99,7 +99,7 @@ def chunk(
 ) -> tuple[Tensor, Tensor]:
     """As `naive`, any T. With g the running sum of log decays inside a chunk of C tokens and G_ij = exp(g_i - g_j) for i >= j:
 
-        A = strict_tril(K K^T * G)      V' = (I + b A)^-1 (b V - b exp(g) K S)
+        A = strict_tril(K K^T * G)      V' = (I + b A)^-1 b (V - exp(g) K S)
         O = exp(g) (Q S) + (Q K^T * G) V'      S <- exp(g_C) S + (exp(g_C - g) K)^T V'
 
     Everything but the three products that need S is done for all chunks at once. A reset cuts G (no product crosses it) and drops the

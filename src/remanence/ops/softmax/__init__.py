@@ -47,7 +47,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
-def local(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | None, window: int, scale: float) -> Tensor:
+def local(
+    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | None, window: int, scale: float
+) -> Tensor:
     """Windowed attention in blocks: cost T x window instead of T x T. Keys are `window - 1` cached ones, then one per query.
 
     q [B, T, H, D]; k, v [B, window - 1 + T, G, D]; the other arguments as in `visible`.

@@ -1,0 +1,338 @@
+"""The command line, `remanence COMMAND`: a few flags each, everything heavy imported late; errors of use are one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import FileError, RemanenceError, UsageError
+from .runtime import tune
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.rstrip('.')}; see '{self.prog} --help'.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for an error of use (one line on stderr), 130 when interrupted."""
+    try:
+        args = parser().parse_args(argv)
+        tune()
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except RemanenceError as error:
+        print(f"remanence: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("remanence: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left: `remanence list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and its flags."""
+    top = _Parser(prog="remanence", description="Sequence models with memory.", allow_abbrev=False)
+    top.set_defaults(run=lambda args: top.print_help())
+    commands = top.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], summary: str) -> _Parser:
+        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    def model(sub: _Parser) -> None:
+        sub.add_argument("--model", metavar="DIR", help="a saved model (default: the shipped checkpoint)")
+
+    def seed(sub: _Parser) -> None:
+        sub.add_argument("--seed", type=_natural, default=0)
+
+    sub = command("demo", _demo, "read a book with planted facts at constant memory, ask on the way, and write a report")
+    sub.add_argument("--text", metavar="FILE", help="a UTF-8 text to read instead of the shipped book")
+    sub.add_argument("--tokens", default="128k", help="how far to read, e.g. 128k or 1M (default: 128k)")
+    sub.add_argument("--out", metavar="DIR", default="demo")
+    seed(sub)
+    model(sub)
+
+    sub = command("list", _list, "the systems of the catalog")
+    sub.add_argument("--kind", help="mixer, segment-memory, model, benchmark, ...")
+    sub.add_argument("--json", action="store_true")
+
+    sub = command("show", _show, "one system: what it is, its hyper-parameters, its paper, the laws it is exempt from")
+    sub.add_argument("slug")
+
+    sub = command("train", _train, "run a recipe; goes on where an interrupted run of the same settings stopped")
+    sub.add_argument("recipe")
+    sub.add_argument("--out", metavar="DIR", help="where to write (default: runs/RECIPE)")
+    seed(sub)
+    sub.add_argument("--steps", type=_positive, help="fewer or more steps than the recipe has")
+    sub.add_argument("--device", default="auto")
+    sub.add_argument("--fast", action="store_true", help="a short run that shows that everything works")
+    sub.add_argument("--data", metavar="DIR", help="a folder of .txt files to train on")
+    sub.add_argument("--memory", metavar="SLUG", help="the memory to train, for recipes that compare them")
+
+    sub = command("eval", _eval, "accuracy by length on a benchmark, with and without memory")
+    sub.add_argument("task", help="a benchmark of the catalog, e.g. babilong")
+    model(sub)
+    sub.add_argument("--qa", default="qa1", help="the bAbI task inside babilong (default: qa1)")
+    sub.add_argument("--lengths", default="0,1k,4k", help="tokens, e.g. 0,1k,128k,1M; k is 1000, 0 the facts alone (default: 0,1k,4k)")
+    sub.add_argument("--samples", type=_positive, default=100, help="questions at each length (default: 100)")
+    sub.add_argument("--batch", type=_positive, default=8, help="streams read together (default: 8)")
+    sub.add_argument("--window", type=_natural, default=512, help="tokens that the control sees; 0 for no control (default: 512)")
+    seed(sub)
+    sub.add_argument("--json", metavar="FILE", help="write results after each length, and continue such a file")
+    sub.add_argument("--plot", metavar="FILE", help="draw accuracy by length (PNG), beside published curves")
+
+    sub = command("read", _read, "read a text file of any size into a state file")
+    sub.add_argument("file", help="a UTF-8 text, or one that ends in .gz")
+    model(sub)
+    sub.add_argument("--state", metavar="FILE", required=True, help="where the state goes; an existing file is replaced")
+    sub.add_argument("--continue", dest="go_on", action="store_true", help="continue the state in that file instead")
+
+    sub = command("ask", _ask, "ask a state file a question; the file stays as it is")
+    sub.add_argument("question")
+    sub.add_argument("--state", metavar="FILE", required=True)
+    model(sub)
+    sub.add_argument("--max-new", type=_positive, default=12, help="longest answer, in tokens (default: 12)")
+    sub.add_argument("--json", action="store_true", help="with a digest of the logits")
+
+    sub = command("bench", _bench, "measure speed")
+    sub.add_argument("what", choices=["speed"])
+    sub.add_argument("--mixers", metavar="A,B", help="slugs (default: all mixers)")
+    sub.add_argument("--lengths", default="2048", help="tokens, e.g. 512,2048")
+    sub.add_argument("--json", metavar="FILE")
+
+    sub = command("doctor", _doctor, "versions, devices, which form of each rule runs and why, optional packages, the shipped checkpoint")
+    sub.add_argument("--json", action="store_true")
+    return top
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if _natural(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
+    return int(text)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import demo
+    from .evaluate.longrange import parse_lengths
+
+    tokens = parse_lengths(args.tokens)
+    if len(tokens) != 1 or tokens[0] < 1:
+        raise UsageError(f"--tokens is {args.tokens!r}; it must be one number of tokens >= 1, such as 128k.")
+    demo(args.text, tokens[0], args.out, args.seed, args.model)
+
+
+def _list(args: argparse.Namespace) -> None:
+    from .catalog import catalog
+
+    entries = catalog(args.kind)
+    if args.json:
+        keys = ("slug", "kind", "name", "paper", "year", "summary")
+        found = [{key: getattr(e, key) for key in keys} | {"aliases": e.aliases, "exempt": dict(e.exempt)} for e in entries]
+        print(json.dumps(found, indent=1))
+        return
+    _table([("slug", "kind", "name", "paper", "year"), *((e.slug, e.kind, e.name, e.paper, str(e.year)) for e in entries)])
+
+
+def _show(args: argparse.Namespace) -> None:
+    from .catalog import find
+
+    entry = find(args.slug)
+    print(f"{entry.name} ({entry.slug}): {entry.kind}, {entry.paper}, {entry.year}\n")
+    print(inspect.getdoc(entry.builder) or "")
+    hyper = [p for p in inspect.signature(entry.builder).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    print("\nHyper-parameters")
+    for parameter in hyper:
+        print(f"  {parameter.name}{'' if parameter.default is parameter.empty else f' = {parameter.default!r}'}")
+    for law, reason in entry.exempt.items():
+        print(f"\nExempt from the law {law!r}: {reason}")
+    figures = getattr(entry.builder(), "published", ()) if entry.kind == "benchmark" else ()
+    if figures:
+        print("\nPublished")
+    for figure in figures:
+        at = "" if figure.length is None else f" at {figure.length:,} tokens"
+        print(f"  {figure.value:g} %  {figure.model}{at}; {figure.setting} ({figure.source})")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from .train import find_recipe
+
+    recipe = find_recipe(args.recipe).recipe
+    out = args.out or f"runs/{args.recipe.replace('_', '-')}"
+    _check_folder(out)
+    given = {"out": out, "seed": args.seed, "device": args.device}
+    given |= {name: getattr(args, name) for name in ("steps", "fast", "data", "memory") if getattr(args, name)}
+    known = inspect.signature(recipe).parameters
+    for name in ("steps", "fast", "data", "memory"):
+        if name in given and name not in known:
+            raise UsageError(f"recipe {args.recipe!r} has no use for --{name}.")
+    recipe(**{name: value for name, value in given.items() if name in known}).start(out)
+    print(f"Written to {out}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from .catalog import find
+    from .evaluate.longrange import evaluate, evaluate_to_file, parse_lengths, probe, short, total_tokens
+
+    lengths = parse_lengths(args.lengths)
+    task = find(args.task, ("benchmark",)).builder()
+    for target in filter(None, (args.json, args.plot)):
+        _check_target(target)
+    model, tokenizer = _reader(args.model)
+    probe(task, tokenizer, lengths, args.seed, args.qa)
+    settings = (model, tokenizer, task, lengths, args.samples, args.seed, args.batch, args.window)
+    with _bar(total_tokens(lengths, args.samples, args.window)) as progress:
+        if args.json:
+            rows = evaluate_to_file(args.json, *settings, progress=progress, qa=args.qa)
+        else:
+            rows = evaluate(*settings, progress=progress, qa=args.qa)
+    if args.plot:
+        from .evaluate.plots import accuracy_by_length
+        from .evaluate.published import curves
+
+        accuracy_by_length(rows, args.plot, curves(task.slug, args.qa), task.chance, f"{find(args.task).name}, {args.qa}")
+    table = [("length", "memory", "right", "95 % interval", "n", "distance", "tokens/s", "state KiB", "peak MB")]
+    for row in rows:
+        table.append((
+            short(row["length"]), row["memory"], f"{row['accuracy']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}", str(row["n"]),
+            short(row["distance_mean"]), f"{row['tokens_per_s']:,.0f}", f"{row['state_bytes'] / 1024:.1f}", f"{row['peak_rss_mb']:.0f}",
+        ))  # fmt: skip
+    _table(table)
+
+
+def _read(args: argparse.Namespace) -> None:
+    from .corpus import iter_text
+    from .session import Session
+
+    _check_target(args.state)
+    session, folder = _session(args) if args.go_on else (Session(*_reader(args.model)), args.model)
+    session.source = str(Path(folder).resolve()) if folder else ""
+    before, size = session.tokens, os.path.getsize(args.file) if os.path.isfile(args.file) else 0
+    with _bar(0 if args.file.endswith(".gz") else size, "bytes") as progress:
+
+        def pieces() -> Iterator[str]:
+            for piece in iter_text(args.file, 1 << 16):
+                yield piece
+                progress(len(piece.encode()))
+
+        session.read(pieces())
+    session.save(args.state)
+    kib = session.state_bytes / 1024
+    print(f"Read {session.tokens - before:,} tokens ({session.tokens:,} in all); the state is {kib:.1f} KiB, in {args.state}")
+
+
+def _ask(args: argparse.Namespace) -> None:
+    session, _ = _session(args)
+    answer = session.ask(args.question, args.max_new)
+    if not args.json:
+        print(answer.text)
+        return
+    likeliest = answer.logits.topk(min(5, len(answer.logits)))
+    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist())
+    top = [{"token": session.tokenizer.decode([i]), "id": i, "logit": value} for i, value in pairs]
+    found = {"question": args.question, "answer": answer.text, "ids": list(answer.ids), "tokens": session.tokens}
+    print(json.dumps(found | {"state_bytes": session.state_bytes, "logits_sha256": answer.digest, "top": top}, indent=1))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from .catalog import catalog, find
+    from .evaluate.longrange import parse_lengths
+
+    names = [name.strip() for name in args.mixers.split(",")] if args.mixers else [entry.slug for entry in catalog("mixer")]
+    mixers = [find(name, ("mixer",)).slug for name in names]
+    lengths = parse_lengths(args.lengths)
+    if args.json:
+        _check_target(args.json)
+    from .evaluate import speed
+
+    rows = speed.speed(mixers, lengths)
+    if args.json:
+        speed.write_json(args.json, rows, speed.meta(mixers=mixers, lengths=lengths))
+    speed.print_table(rows)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from .doctor import diagnose, show
+
+    found = diagnose()
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(found)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows, of which the first is the head; columns are as wide as they must be, whatever the terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def _reader(folder: str | None) -> Any:
+    """Model and tokenizer of a folder or, by default, of the shipped checkpoint."""
+    from .session import load_reader
+
+    return load_reader(folder)
+
+
+def _session(args: argparse.Namespace) -> Any:
+    """The session in --state and its model's folder (None: the shipped one): the folder named by --model, else the one it was made with."""
+    from .session import Session, read_note
+
+    folder = args.model or read_note(args.state).get("source") or None
+    if folder and not args.model and not Path(folder).is_dir():
+        raise UsageError(f"{args.state} was made with the model in {folder}, which is not there; name the model's folder (--model DIR).")
+    return Session.load(args.state, *_reader(folder)), folder
+
+
+def _check_target(path: str) -> None:
+    """Raise FileError before the work where a file surely cannot be written after it."""
+    target = Path(path)
+    if target.is_dir() or (target.exists() and not target.is_file()):
+        raise FileError(f"{path} is a directory or a device; a file name is needed.")
+    _check_folder(target.parent)
+
+
+def _check_folder(path: str | Path) -> None:
+    """Make a folder, and raise FileError unless files can be made in it."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{folder} cannot be made a folder ({error.strerror}).") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(f"{folder} cannot be written to.")
+
+
+@contextlib.contextmanager
+def _bar(total: int, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, if that is a terminal: how much, how fast, and the time left (total 0: unknown)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), TextColumn(f"{{task.completed:,.0f}} {unit}  {{task.speed:,.0f}}/s  left"), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total or None)
+        yield lambda n: progress.advance(task, n)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Figures, in one style: accuracy by length and by distance, cost by position, what a memory wrote. Each is written as a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import write_atomic
+from .longrange import Row, short
+from .published import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#666666"
+"""Okabe and Ito's colours, which the colour-blind can tell apart; every series also has its own mark."""
+
+STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+}
+
+
+def accuracy_by_length(
+    rows: Sequence[Row], path: str | Path, curves: Sequence[Curve] = (), chance: float | None = None, title: str = ""
+) -> None:
+    """Percent right over tokens (log), with Wilson bars; the control; published curves as thin lines. Length 0 stands at the left end."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        lengths: list[float] = [row["length"] for row in rows if row["length"]] + [tokens for curve in curves for tokens, _ in curve.points]
+        zero = min(lengths, default=1000) / 4  # where 0 is drawn: a logarithm has no place for it
+        for curve, colour, mark in zip(curves, (GREEN, PURPLE, SKY, GREY), "^Dvx", strict=False):
+            axes.plot(*zip(*curve.points), mark, ls="--", lw=1, color=colour, label=f"{curve.model} (published)")
+        for memory, colour, mark, label in (("off", ORANGE, "s", "the same model without memory"), ("on", BLUE, "o", "with memory")):
+            chosen = sorted((row for row in rows if row["memory"] == memory), key=lambda row: row["length"])
+            if chosen:
+                _bars(axes, [row["length"] or zero for row in chosen], chosen, "low", "high", colour, mark, label)
+        _percent(axes, chance)
+        axes.set_xscale("log")
+        shown: list[float] = sorted({*lengths, *([zero] if any(row["length"] == 0 for row in rows) else [])})
+        _ticks(axes, shown, ["facts only" if at == zero else short(at) for at in shown])
+        axes.set(xlabel="tokens read before the question", title=title or "Accuracy by length")
+
+    _save(path, draw)
+
+
+def accuracy_by_distance(on: Sequence[Row], off: Sequence[Row], path: str | Path, chance: float | None = None, title: str = "") -> None:
+    """Percent right by the tokens between the fact that settles the answer and the question; rows of `longrange.by_distance`."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        places = {low: i for i, low in enumerate(sorted({row["low"] for row in [*on, *off]}))}
+        labels = {row["low"]: f"{short(row['low'])}–{short(row['high'])}" for row in [*on, *off]}
+        series = ((off, ORANGE, "s", "the last 512 tokens only", 0.08), (on, BLUE, "o", "with memory", -0.08))
+        for rows, colour, mark, label, shift in series:
+            if rows:
+                _bars(axes, [places[row["low"]] + shift for row in rows], rows, "ci_low", "ci_high", colour, mark, label)
+        for row in on:
+            spot = (places[row["low"]], 0.02)
+            axes.annotate(f"n={row['n']}", spot, xycoords=("data", "axes fraction"), ha="center", fontsize=8, color=GREY)
+        _percent(axes, chance)
+        axes.set_xticks(list(places.values()), [labels[low] for low in places])
+        axes.set(xlabel="tokens since the fact that settles the answer", title=title or "Accuracy by distance")
+
+    _save(path, draw)
+
+
+def cost_by_position(points: Sequence[Row], path: str | Path) -> None:
+    """Seconds for 1,000 tokens, and bytes of state, by position in the stream; points: {"tokens", "seconds_per_1k", "state_bytes"}."""
+
+    def draw(figure: Figure) -> None:
+        time, size = figure.subplots(1, 2)
+        at = [point["tokens"] for point in points]
+        time.plot(at, [point["seconds_per_1k"] for point in points], color=BLUE)
+        size.plot(at, [point["state_bytes"] / 1024 for point in points], color=GREEN)
+        for axes, label, title in ((time, "seconds per 1,000 tokens", "Time"), (size, "state, KiB", "Memory")):
+            axes.set_ylim(0, 1.25 * max(line.get_ydata().max() for line in axes.get_lines()) or 1)
+            axes.set(xlabel="position in the stream, tokens", ylabel=label, title=title)
+            axes.xaxis.set_major_formatter(lambda value, _: short(value))
+
+    _save(path, draw, width=9)
+
+
+def weights(items: Sequence[tuple[str, float, str]], path: str | Path, title: str, xlabel: str) -> None:
+    """Bars for (label, weight, role), top down; role 'answer', 'asked' or 'other' picks the colour."""
+    roles = {
+        "answer": (BLUE, "settles the answer"),
+        "asked": (SKY, "an earlier fact about the one asked for"),
+        "other": ("#bbbbbb", "another fact"),
+    }
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for role, (colour, label) in roles.items():
+            chosen = [(i, weight) for i, (_, weight, which) in enumerate(items) if which == role]
+            if chosen:
+                axes.barh(*zip(*chosen), color=colour, label=label)
+        axes.set_yticks(range(len(items)), [label for label, _, _ in items])
+        axes.invert_yaxis()
+        axes.set_xlim(0, max([weight for _, weight, _ in items] + [1e-9]) * 1.05)
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+        axes.set(xlabel=xlabel, title=title)
+
+    _save(path, draw, width=9, height=1.6 + 0.32 * max(len(items), 3))
+
+
+def _bars(axes: Axes, at: Sequence[float], rows: Sequence[Row], low: str, high: str, colour: str, mark: str, label: str) -> None:
+    y = [100 * row["accuracy"] for row in rows]
+    spread = [[max(0.0, v - 100 * row[low]) for v, row in zip(y, rows)], [max(0.0, 100 * row[high] - v) for v, row in zip(y, rows)]]
+    axes.errorbar(at, y, yerr=spread, color=colour, marker=mark, capsize=3, elinewidth=1, label=label)
+
+
+def _percent(axes: Axes, chance: float | None) -> None:
+    if chance is not None and chance > 0.01:
+        axes.axhline(100 * chance, color=GREY, lw=1, ls=":", label="chance")
+    axes.set_ylim(0, 104)
+    axes.set_ylabel("right answers, %")
+    axes.figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+
+
+def _ticks(axes: Axes, at: Sequence[float], labels: Sequence[str]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xticks(at, labels, rotation=45 if len(at) > 9 else 0)
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _save(path: str | Path, draw: Any, width: float = 7.0, height: float = 4.0) -> None:
+    """Draw into a figure of its own, without pyplot, and write it whole or not at all."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        write_atomic(path, lambda beside: figure.savefig(beside, format="png"))

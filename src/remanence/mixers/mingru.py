@@ -1,0 +1,62 @@
+"""minGRU: a GRU whose gate reads the input only, so that all of its steps are one linear scan (arXiv 2410.01201)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..catalog import system
+from ..errors import UsageError
+from ..ops.backend import accumulate_dtype
+from ..ops.scan import scan
+from ..span import Span, positions
+from ..state import State
+from .base import Mixer
+
+FORMS = ("log", "vanilla")
+
+
+class MinGRUState(State):
+    seen: Tensor  # [B] int64, tokens read in the current document
+    hidden: Tensor  # [B, E] float32
+
+
+def g(x: Tensor) -> Tensor:
+    """x + 1/2 where x >= 0, sigmoid(x) below: the candidate's activation in the paper's log-space form, always positive."""
+    return x.relu() + x.clamp(max=0).sigmoid()
+
+
+def inner_size(dim: int, expansion: float, form: str) -> int:
+    """E = int(dim * expansion). Raises UsageError on an expansion or a form that makes no sense."""
+    if form not in FORMS:
+        raise UsageError(f"form is {form!r}; it may be {' or '.join(map(repr, FORMS))}.")
+    if not dim * expansion >= 1:
+        raise UsageError(f"expansion is {expansion}; dim={dim} times it must be at least 1.")
+    return int(dim * expansion)
+
+
+@system("mingru", kind="mixer", paper="arXiv:2410.01201", year=2024, name="minGRU", aliases=("mingru-minlstm",))
+class MinGRU(Mixer):
+    """x [B, T, dim] -> y [B, T, dim]; the state is one vector of E = int(dim * expansion) numbers.
+
+        h_t = (1 - z_t) h_{t-1} + z_t g(W_h x_t)        z = sigmoid(W_z x)        y = W_o h, or h where expansion is 1
+
+    form="log": g(u) = u + 1/2 where u >= 0, else sigmoid(u), so that h > 0; the paper's default. form="vanilla": g(u) = u. The paper's
+    block puts a short convolution of its own before this one. Its log-space scan (log h by logcumsumexp) is not needed: with
+    log(1 - z) = logsigmoid(-W_z x) the recurrence is linear and is run as such, which loses no digits and bears an h of either sign.
+    """
+
+    def __init__(self, dim: int, expansion: float = 1.5, form: str = "log", backend: str = "auto"):
+        super().__init__()
+        inner = inner_size(dim, expansion, form)
+        self.form, self.backend = form, backend
+        self.to_hidden_gate = nn.Linear(dim, 2 * inner, bias=False)
+        self.out = nn.Linear(inner, dim, bias=False) if inner != dim else nn.Identity()
+
+    def forward(self, x: Tensor, state: MinGRUState | None = None, span: Span | None = None) -> tuple[Tensor, MinGRUState]:
+        seen = state.seen if state else torch.zeros(len(x), dtype=torch.long, device=x.device)
+        u, k = self.to_hidden_gate(x).to(accumulate_dtype(x)).chunk(2, -1)  # [B, T, E]
+        candidate = g(u) if self.form == "log" else u
+        h, hidden = scan(F.logsigmoid(-k), k.sigmoid() * candidate, state and state.hidden, span, self.backend)
+        return self.out(h.to(x.dtype)), MinGRUState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, hidden=hidden)

@@ -1,0 +1,65 @@
+"""The speed benchmark: what its rows hold, and that a missing peer is said and never guessed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from remanence.catalog import catalog
+from remanence.errors import UsageError
+from remanence.evaluate import speed as module
+from remanence.evaluate.speed import meta, print_table, speed, write_json
+
+SMALL = {"lengths": [8], "dim": 64, "heads": 2, "repeats": 1}
+KEYS = {"mixer", "length", "pass", "tokens_per_s", "peer", "peer_tokens_per_s", "ratio_to_peer", "ratio_to_floor"}
+
+
+def test_every_mixer_has_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(module, "PEERS", {})
+    rows = speed(**SMALL)
+    assert [(row["mixer"], row["pass"]) for row in rows] == [(entry.slug, name) for entry in catalog("mixer") for name in module.PASSES]
+    for row in rows:
+        assert row.keys() == KEYS and row["length"] == 8
+        assert row["tokens_per_s"] > 0 and row["ratio_to_floor"] > 0
+        assert row["peer"] is row["peer_tokens_per_s"] is row["ratio_to_peer"] is None
+    print_table(rows)
+    assert "linear-attention" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("slug", sorted(module.PEERS))
+def test_peers(slug: str) -> None:
+    """Every peer runs, and the ratio is that of the two rates."""
+    pytest.importorskip({"minGRU-pytorch": "minGRU_pytorch"}.get(module.PEERS[slug][0], module.PEERS[slug][0]), reason="the peer's package")
+    for row in speed([slug], **SMALL):
+        assert row["peer"].startswith(module.PEERS[slug][0]) and "not installed" not in row["peer"]
+        assert row["ratio_to_peer"] == row["tokens_per_s"] / row["peer_tokens_per_s"]
+
+
+def test_a_missing_peer_is_null(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(mixer: object) -> dict:
+        raise ImportError
+
+    monkeypatch.setitem(module.PEERS, "mamba2", ("transformers", absent))
+    (row,) = speed(["mamba2"], passes=["forward"], **SMALL)
+    assert row["peer"] == "transformers (not installed)"
+    assert row["peer_tokens_per_s"] is row["ratio_to_peer"] is None
+
+
+def test_json(tmp_path: Path) -> None:
+    rows = speed(["linear-attention"], passes=["forward"], **SMALL)
+    write_json(tmp_path / "speed.json", rows, meta(dim=64))
+    read = json.loads((tmp_path / "speed.json").read_text())
+    assert read["rows"] == rows
+    assert read["meta"]["setting"] == {"dim": 64}
+    assert {"cpu", "threads", "commit", "torch"} <= read["meta"]["environment"].keys()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"mixers": ["mamba3"]}, "mamba2"), ({"passes": ["backward"]}, "forward"), ({"lengths": [0]}, "lengths"), ({"mixers": []}, "empty")],
+)
+def test_wrong_use(wrong: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        speed(**{"mixers": ["mamba2"], **SMALL, **wrong})

@@ -1,0 +1,151 @@
+"""Write the pages that follow from the code and from results/: docs/catalog.md, docs/results.md and the catalog table of README.md.
+
+`make docs` runs it; tests/test_docs.py fails when a page is not what it would write.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import remanence as rm
+from remanence.catalog import Entry
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- catalog: made by `make docs` -->", "<!-- end of catalog -->"
+
+
+def arxiv(paper: str) -> str:
+    """'arXiv:2412.06464' as a link."""
+    name, _, number = paper.partition(":")
+    return f"[{paper}](https://arxiv.org/abs/{number})" if name == "arXiv" else paper
+
+
+def kinds() -> list[str]:
+    return sorted({entry.kind for entry in rm.catalog()})
+
+
+def summary_table() -> str:
+    """One row a kind: how many, and which."""
+    lines = ["| kind | systems |", "|---|---|"]
+    for kind in kinds():
+        lines.append(f"| {kind} | {', '.join(f'`{entry.slug}`' for entry in rm.catalog(kind))} |")
+    return "\n".join(lines)
+
+
+def state_size(entry: Entry) -> str:
+    """Bytes of a mixer's state at width 256 after 512 and 4096 tokens, measured: equal if it is constant."""
+    import torch
+
+    mixer = rm.mixer(entry.slug, dim=256)
+    with torch.no_grad():
+        sizes = [mixer(torch.zeros(1, n, 256))[1].nbytes for n in (512, 4096)]
+    return f"{sizes[0]:,}" if sizes[0] == sizes[1] else f"{sizes[0]:,} at 512 tokens, {sizes[1]:,} at 4096"
+
+
+def catalog_page() -> str:
+    parts = [
+        "# Catalog",
+        "",
+        "Made by `make docs` from the register that `remanence list` reads. Every mixer, segment memory and model here passes the laws of",
+        "tests/laws, but for the exemptions named.",
+    ]
+    for kind in kinds():
+        parts += ["", f"## {kind}", ""]
+        for entry in rm.catalog(kind):
+            parts += [f"### `{entry.slug}`: {entry.name}", "", f"{arxiv(entry.paper)}, {entry.year}.", ""]
+            parts += ["```text", inspect.getdoc(entry.builder) or "", "```"]
+            if entry.aliases:
+                parts += ["", f"Also called {', '.join(f'`{alias}`' for alias in entry.aliases)}."]
+            if kind == "mixer":
+                parts += ["", f"State at width 256 with default settings, float32, one row: {state_size(entry)} bytes."]
+            for law, reason in entry.exempt.items():
+                parts += ["", f"Exempt from the law `{law}`: {reason}"]
+    return "\n".join(parts) + "\n"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def babilong_rows(rows: list[dict[str, Any]]) -> list[str]:
+    head = "| length | memory | accuracy % | 95 % interval | n | tokens/s | s per 1k tokens | state bytes | peak RSS MB |"
+    lines = [head, "|---" * 9 + "|"]
+    for row in rows:
+        interval = f"{percent(row['low'])} to {percent(row['high'])}"
+        lines.append(
+            f"| {row['length']:,} | {row['memory']} | {percent(row['accuracy'])} | {interval} | {row['n']} | {row['tokens_per_s']:,.0f} "
+            f"| {row['seconds_per_1k']:.4f} | {row['state_bytes']:,} | {row['peak_rss_mb']:.0f} |"
+        )
+    return lines
+
+
+def speed_rows(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| mixer | length | pass | tokens/s | peer | ratio to peer | ratio to floor |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        ratio = "" if row["ratio_to_peer"] is None else f"{row['ratio_to_peer']:.2f}"
+        cells = (row["mixer"], row["length"], row["pass"], f"{row['tokens_per_s']:,.0f}", row["peer"] or "", ratio)
+        lines.append("| " + " | ".join(map(str, cells)) + f" | {row['ratio_to_floor']:.2f} |")
+    return lines
+
+
+def plain_rows(rows: list[dict[str, Any]]) -> list[str]:
+    """Any rows of plain values, in the order of the first row's keys."""
+    keys = [key for key, value in rows[0].items() if isinstance(value, (str, int, float)) or value is None]
+
+    def line(row: dict[str, Any]) -> str:
+        cells = (row.get(key) for key in keys)
+        return "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in cells) + " |"
+
+    return ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys), *map(line, rows)]
+
+
+def results_page() -> str:
+    about = "Made by `make docs` from the JSON files in results/, each of which names the settings, seed, commit and machine of its run."
+    parts = ["# Results", "", about]
+    for path in sorted((ROOT / "results").glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows, meta = content["rows"], content.get("meta", {})
+        environment = meta.get("environment", {})
+        parts += ["", f"## {path.stem}", ""]
+        if "about" in meta:
+            parts += [meta["about"], ""]
+        facts = [f"{key} {environment[key]}" for key in ("cpu", "threads", "torch", "commit") if environment.get(key) is not None]
+        if facts:
+            parts += ["Measured with " + ", ".join(facts) + ".", ""]
+        keys = set(rows[0]) if rows else set()
+        table = babilong_rows if {"low", "peak_rss_mb"} <= keys else speed_rows if "ratio_to_floor" in keys else plain_rows
+        parts += table(rows) if rows else ["No rows."]
+        if path.with_suffix(".png").exists():
+            parts += ["", f"![{path.stem}](../results/{path.stem}.png)"]
+    return "\n".join(parts) + "\n"
+
+
+def readme(text: str) -> str:
+    """README with its catalog table made again."""
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    return f"{head}{BEGIN}\n{summary_table()}\n{END}{tail}"
+
+
+def pages() -> dict[Path, str]:
+    """What each generated file should hold."""
+    front = ROOT / "README.md"
+    return {
+        ROOT / "docs" / "catalog.md": catalog_page(),
+        ROOT / "docs" / "results.md": results_page(),
+        front: readme(front.read_text(encoding="utf-8")),
+    }
+
+
+def main() -> None:
+    for path, text in pages().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
