@@ -37,7 +37,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 ONLY_IN = {
     "triton": lambda path: path.name == "triton.py",
     "fla": lambda path: path.name == "triton.py",
-    "transformers": lambda path: path.name == "hf.py",
+    "transformers": lambda path: path.name == "hf.py" or path.match("evaluate/speed.py"),  # the peers that speed is compared with
     "datasets": lambda path: path.name == "hf.py",
     "matplotlib": lambda path: path.parts[0] in ("evaluate", "inspect"),
 }

@@ -356,7 +356,7 @@ def demo(
     write_text(out / "results.json", "{}\n")  # and a place that cannot be written before the work
     console = Console()
     name = model or f"the shipped {shipped().name}"
-    console.print(f"Reading {short(tokens)} tokens of {path or 'Moby-Dick'} with {name}, once, at constant memory.", markup=False)
+    console.print(f"Reading {short(tokens)} tokens of {path or 'Moby-Dick'} with {name}, once.", markup=False)
     with _bar(console, tokens) as progress:
         result = run(reader, tokenizer, path, tokens, seed, progress)
     sections = _figures(result, out)
@@ -431,7 +431,7 @@ def _figures(result: Result, out: Path) -> list[Section]:
     if result.points:
         image = out / "cost_by_position.png"
         plots.cost_by_position(result.points, image)
-        sections.append(Section("What it costs", image=image, caption="Time and memory do not grow with the stream."))
+        sections.append(Section("What it costs", image=image, caption="Time and size of the state, by position in the stream."))
     if result.asked:
         sections.append(_written(result, out / "writes.png"))
     return sections

@@ -14,8 +14,8 @@ import torch
 def tune() -> None:
     """Flush denormals, and let the allocator keep what it has. For the start of a program: threads that exist already keep their mode.
 
-    A gate that is shut and a gradient that has vanished leave numbers below 1e-38, on which a CPU is up to a hundred times slower. And
-    glibc gives every large tensor fresh pages and takes them back at once, so that a training step spends a fifth of its time in page faults.
+    A gate that is shut and a gradient that has vanished leave numbers below 1e-38, on which a CPU is many times slower. And glibc gives
+    every large tensor fresh pages and takes them back at once, so that a training step spends much of its time in page faults.
     """
     torch.set_flush_denormal(True)
     if sys.platform == "linux":

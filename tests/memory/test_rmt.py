@@ -67,6 +67,15 @@ def test_without_tokens_each_segment_stands_alone() -> None:
         assert_close("m = 0", model(ids).logits, want, 1e-12)
 
 
+def test_a_memory_larger_than_the_segment_must_be_asked_for() -> None:
+    backbone, ids = Decoder(ModelConfig(vocab=VOCAB, dim=16)), torch.randint(VOCAB, (1, 11))
+    model = rm.memory("rmt", backbone=backbone, segment=4, tokens=6, wide=True)
+    again = type(model).build(model.config)
+    assert again.config == model.config and model(ids).state.memory.vectors.shape == (1, 6, 16)
+    with pytest.raises(rm.errors.UsageError, match="tokens is 6 and segment 4"):
+        rm.memory("rmt", backbone=backbone, segment=4, tokens=6)
+
+
 def test_the_prompt_starts_at_the_scale_of_the_embedding() -> None:
     model = rm.memory("rmt", backbone=Decoder(ModelConfig(vocab=100, dim=64)), segment=128, tokens=100)
     assert 0.9 < model.prompt.std() / model.backbone.embedding.weight.std() < 1.1  # type: ignore[union-attr]

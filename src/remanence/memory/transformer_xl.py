@@ -34,8 +34,8 @@ class TransformerXL(SegmentMemory):
 
     At the start of a segment each layer's mixer first reads the normed m_l from a fresh state, then goes on with the segment. For attention
     that gives the keys and values above, and with `relative-attention` mixers the paper's attention in this library's pre-norm blocks; any
-    other mixer gets the same recurrence. Gradients end where a segment starts, however the stream is cut into calls. backbone: a Decoder. segment: S. memory: M >= 0, which may be larger than S, and changed after
-    training.
+    other mixer gets the same recurrence. Gradients end where a segment starts, however the stream is cut into calls.
+    backbone: a Decoder. segment: S. memory: M >= 0, which may be larger than S.
     """
 
     kind = "transformer-xl"

@@ -52,7 +52,8 @@ class ModelConfig:
 
     vocab: number of token ids. dim: model width. layers: see `parse_layers`; a spec's own hyper-parameters go to its mixer, and `ffn` in a
     spec overrides the model's. repeat: times the list is stacked. ffn: hidden width of the gated feed-forward as a multiple of dim, 0 for
-    none. tie: the head is the embedding transposed.
+    none. tie: the head is the embedding transposed. embedding_std: of the fresh embedding; 1 with tie=False puts it on the scale of the
+    hidden states, which a memory that is read in the embedding's place needs from the start.
     """
 
     vocab: int
@@ -62,11 +63,14 @@ class ModelConfig:
     ffn: float = 2.0
     tie: bool = True
     eps: float = 1e-5
+    embedding_std: float = 0.02
 
     def __post_init__(self) -> None:
         positive(vocab=self.vocab, dim=self.dim, repeat=self.repeat)
         if not isinstance(self.ffn, (int, float)) or not 0 <= self.ffn <= 64:
             raise UsageError(f"ffn is {self.ffn!r}; it must be a number in 0..64, the hidden width as a multiple of dim.")
+        if not isinstance(self.embedding_std, (int, float)) or not 0 < self.embedding_std <= 100:
+            raise UsageError(f"embedding_std is {self.embedding_std!r}; it must be a number above 0 and at most 100.")
         self.layers = parse_layers(self.layers)
 
 
@@ -114,13 +118,13 @@ class Decoder(Model):
         self.blocks = nn.ModuleList(Block(config.dim, spec, config.ffn, config.eps) for spec in specs)
         self.norm = RMSNorm(config.dim, config.eps)
         self.unembedding = nn.Linear(config.dim, config.vocab, bias=False)
-        self._init_weights(len(specs))
+        self._init_weights(len(specs), config.embedding_std)
         if config.tie:
             self.unembedding.weight = self.embedding.weight
 
-    def _init_weights(self, depth: int) -> None:
-        """Embedding 0.02; the projections back into the residual stream are scaled by 1 / sqrt(2 depth)."""
-        nn.init.normal_(self.embedding.weight, std=0.02)
+    def _init_weights(self, depth: int, std: float) -> None:
+        """The projections back into the residual stream are scaled by 1 / sqrt(2 depth)."""
+        nn.init.normal_(self.embedding.weight, std=std)
         nn.init.normal_(self.unembedding.weight, std=0.02)
         with torch.no_grad():
             for block in self.blocks:

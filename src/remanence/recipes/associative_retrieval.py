@@ -52,10 +52,10 @@ def build(slug: str, seed: int) -> Model:
         return Decoder(ModelConfig(vocab=VOCAB_SIZE, dim=DIM, layers=f"{LAYERS} x {entry.slug}"))
     floats = armt_floats(DIM, LAYERS, ARMT_KEY_DIM, NU)
     hyper: dict[str, dict[str, Any]] = {
-        "rmt": {"tokens": rmt_tokens(floats, DIM)},
+        "rmt": {"tokens": rmt_tokens(floats, DIM), "wide": True},
         "armt": {"tokens": WRITE_TOKENS, "key_dim": ARMT_KEY_DIM, "nu": NU},
     }
-    backbone = Decoder(ModelConfig(vocab=VOCAB_SIZE, dim=DIM, layers=f"{LAYERS} x attention"))
+    backbone = Decoder(ModelConfig(vocab=VOCAB_SIZE, dim=DIM, layers=f"{LAYERS} x attention", tie=False, embedding_std=1.0))
     return entry.builder(backbone, segment=SEGMENT, **hyper.get(entry.slug, {}))
 
 
