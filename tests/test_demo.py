@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import remanence as rm
-from remanence.demo import LONGEST, QUESTIONS, Noise, Writes, attended, demo, facts, run
+from remanence.demo import LONGEST, QUESTIONS, Noise, demo, facts, run
 from remanence.errors import FileError, UsageError
 from remanence.session import PIECE
 from remanence.tasks.babi import ROOMS, solve
@@ -105,47 +105,45 @@ def test_a_text_without_other_sentences_is_refused(tmp_path: Path) -> None:
         run(tiny(), TOKENIZER, tmp_path / "t.txt", tokens=500)
 
 
-def test_writes_are_the_gates() -> None:
-    model, ids = tiny(write="hard", forget=False), torch.randint(0, 256, (50,))
-    block = model.blocks[0]
-    with torch.no_grad(), Writes(model) as writes:
-        model(ids[None])
-        want = block.mixer.to_beta(block.norm(model.embed(ids[None]))).clamp(0, 1).amax(-1)[0]
-        writes._seen.pop()  # the call of the gate by hand
-        got = writes.take(50)
-        assert got is not None and np.abs(got - want.numpy()).max() < 1e-6
-        assert writes.take(50) is None
-    assert not block.mixer.to_beta._forward_hooks
-    spans = [(0, 5), (18, 30)]
-    for pieces in ([ids], list(ids.split(20))):
-        assert attended(model, pieces, spans) == pytest.approx([float(want[a:b].max()) for a, b in spans], abs=1e-5)
-    plain = rm.Decoder(rm.ModelConfig(vocab=259, dim=16, layers="attention")).eval()
-    assert attended(plain, [ids], spans) is None
-
-
 def test_facts_get_their_weight_across_calls() -> None:
     model = tiny(write="hard", forget=False)
     calls = recorded(model)
     result = run(model, TOKENIZER, tokens=TOKENS)
-    whole = torch.cat([ids[0] for ids in calls if len(ids[0]) != 512])[: result.tokens]
-    assert len(whole) == result.tokens
-    early = [fact for fact in result.planted if fact.position + fact.length < TOKENS // QUESTIONS]
-    want = attended(model, [whole[: TOKENS // QUESTIONS]], [(f.position, f.position + f.length) for f in early])
-    assert early and [fact.weight for fact in early] == pytest.approx(want, abs=1e-5)
+    whole = torch.cat([ids[0] for ids in calls if len(ids[0]) != 512])
+    first = whole[: TOKENS // QUESTIONS]
+    block = model.blocks[0]
+    with torch.no_grad():
+        gates = block.mixer.to_beta(block.norm(model.embed(first[None]))).clamp(0, 1).amax(-1)[0]
+    early = [fact for fact in result.planted if fact.position + fact.length < len(first)]
+    want = [float(gates[fact.position : fact.position + fact.length].max()) for fact in early]
+    assert early and [fact.weight or 0.0 for fact in early] == pytest.approx(want, abs=1e-5)
     assert result.written is not None and 0 < result.written <= 1
+    assert not block.mixer.to_beta._forward_hooks
 
 
-@pytest.mark.parametrize("layers", ["gated-deltanet, attention", "attention"])
-def test_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str], layers: str) -> None:
-    rm.Decoder(rm.ModelConfig(vocab=259, dim=16, layers=layers)).save(tmp_path / "model")
+def test_what_was_attended_to_is_of_the_last_answers() -> None:
+    result = run(tiny(write="hard", forget=False), TOKENIZER, tokens=3000)
+    assert result.attended is not None
+    one, rows = result.attended
+    assert one in result.asked and one.position == result.asked[-1].position
+    shares = [share for _, share, _ in rows]
+    assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1 + 1e-6
+    assert {role for _, _, role in rows} <= {"answer", "asked", "other", "book"}
+    assert run(tiny(), TOKENIZER, tokens=3000).attended is None
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str], traced: bool) -> None:
+    tiny(**({"write": "hard", "forget": False} if traced else {})).save(tmp_path / "model")
     TOKENIZER.save(tmp_path / "model")
     demo(tokens=3000, out=tmp_path / "out", model=tmp_path / "model")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["memory"] for row in found["rows"]} == {"on", "off"} and found["meta"]["tokens"] >= 3000
     assert len(found["asked"]) == sum(row["n"] for row in found["rows"] if row["memory"] == "on")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png") == (3 if "delta" in layers else 2)
-    assert ("has no write gate" in page) == ("delta" not in layers)
+    assert page.count("data:image/png") == (3 if traced else 2)
+    assert ("no memory whose reads can be traced" in page) != traced
+    assert (found["attended"] is not None) == traced
     printed = capsys.readouterr().out
     assert printed.count("remanence ") == 3 and "last 512" in printed
 

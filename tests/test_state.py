@@ -391,3 +391,8 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         tree().save(tmp_path / "file" / "s")
     tree().save(tmp_path / "new" / "folder" / "s")
     same(State.load(str(tmp_path / "new" / "folder" / "s")), tree())
+
+
+def test_a_field_may_not_hide_what_every_state_has():
+    with pytest.raises(TypeError, match="has a field 'tokens'"):
+        type("Hiding", (State,), {"__annotations__": {"tokens": torch.Tensor}})

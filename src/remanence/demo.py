@@ -8,15 +8,17 @@ import math
 import random
 import re
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from .corpus import default_haystack, iter_text
 from .errors import FileError, UsageError, positive
@@ -24,6 +26,7 @@ from .evaluate import plots
 from .evaluate.longrange import WINDOW, PeakMemory, Row, by_distance, short, stream
 from .evaluate.report import Section, write_report
 from .files import write_text
+from .inspect import Recall
 from .models import Model
 from .session import PIECE, Session, answer, load_reader, shipped
 from .tasks.babi import ACTORS, PHRASES, ROOMS
@@ -37,15 +40,17 @@ SHORTEST, LONGEST = 40, 2000
 """Characters of a sentence of the text: shorter ones are joined to the next, longer ones are cut."""
 LAP = 1 << 24
 """Tokens of a text that are kept, so that a second lap need not tokenise it again (64 MiB); a longer text is tokenised on every lap."""
-WRITE = 0.05
-"""A write of less strength is not counted as one."""
+LEDGER = 4096
+"""Written tokens of the book whose words are kept, to be shown."""
+SHOWN = 10
+"""Tokens or facts shown of what an answer attended to."""
 
 _TOLD = re.compile(rf"\b(?:{'|'.join(ACTORS)}) (?:{'|'.join(PHRASES['move'])}) the (?:{'|'.join(ROOMS)})\b")
 
 
 @dataclass
 class Planted:
-    """A fact in the stream: who went where, and the position of its first token. `weight`: see Writes."""
+    """A fact in the stream: who went where, the position of its first token, how many it has, and the strongest gate that wrote it."""
 
     actor: str
     room: str
@@ -136,61 +141,13 @@ def facts(rng: random.Random, total: int) -> Iterator[tuple[int, str, str, str]]
         yield int(gap), actor, room, f"{actor} {rng.choice(PHRASES['move'])} the {room}."
 
 
-class Writes:
-    """How strongly the memory was written at each token: a hook on every write gate of a token mixer (`to_beta`, of a delta rule).
-
-    While the context is open, `take` gives that of the call just made: the largest over heads and layers of the gate as the mixer uses it,
-    clipped or squashed; None where the model has no such gate, or calls it in another rhythm than once for every token.
-    """
-
-    def __init__(self, model: Model):
-        self.mixers = [m for m in model.modules() if hasattr(m, "to_beta") and getattr(m, "write", None) in ("hard", "sigmoid")]
-        self._seen: list[Tensor] = []
-
-    def __enter__(self) -> Self:
-        self._handles = [mixer.to_beta.register_forward_hook(self._hook(mixer.write == "hard")) for mixer in self.mixers]  # type: ignore[union-attr]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hook(self, hard: bool) -> Callable[[nn.Module, Any, Tensor], None]:
-        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            strength = output.detach().clamp(0, 1) if hard else output.detach().sigmoid()
-            self._seen.append(strength.amax(-1)[0].float().cpu())  # [B, T, H] -> [T]
-
-        return keep
-
-    def take(self, length: int) -> np.ndarray | None:
-        """The strengths of a call of `length` tokens, which has just been made; they are forgotten."""
-        seen, self._seen = self._seen, []
-        if not seen or len(seen) != len(self.mixers) or any(len(strength) != length for strength in seen):
-            return None
-        return torch.stack(seen).amax(0).numpy()
-
-
-@torch.no_grad()
-def attended(model: Model, pieces: Sequence[Tensor], spans: Sequence[tuple[int, int]]) -> list[float] | None:
-    """How strongly each span [start, end) of a stream was written: the strongest of its tokens. None for a model without write gates.
-
-    pieces: the token ids [T] of the stream, in order.
-    """
-    state, strengths = None, []
-    with Writes(model) as writes:
-        for piece in pieces:
-            state = model(piece[None].to(model.device), state, logits="none").state
-            strength = writes.take(len(piece))
-            if strength is None:
-                return None
-            strengths.append(strength)
-    whole = np.concatenate(strengths)
-    return [float(whole[start:end].max(initial=0.0)) for start, end in spans]
-
-
 @dataclass
 class Result:
-    """What a run found. points: cost by position; written: share of the text's own tokens that were written, None without gates."""
+    """What a run found.
+
+    points: cost by position. written: share of the text's own tokens that were written into the memory. attended: of one answer, what its
+    read came from, (text, share, role) with the largest first. The last two are None where `inspect.Recall` cannot follow the model.
+    """
 
     asked: list[Asked]
     planted: list[Planted]
@@ -202,6 +159,15 @@ class Result:
     laps: int
     left_out: int
     written: float | None
+    attended: tuple[Asked, list[tuple[str, float, str]]] | None
+
+
+def follow(model: Model) -> Recall | None:
+    """The ledger of a model's memory, or None if it has no memory whose reads can be traced."""
+    try:
+        return Recall(model)
+    except UsageError:
+        return None
 
 
 class Reader:
@@ -215,7 +181,9 @@ class Reader:
         self.recent: deque[Planted] = deque()  # facts whose tokens may still be in what is held
         self.points: list[Row] = []
         self.seconds = self.marked = 0.0
+        self.recall = follow(model)
         self.counted = self.written = 0
+        self.snippets: dict[int, str] = {}  # position -> the words up to a written token of the book
 
     def add(self, ids: np.ndarray, fact: Planted | None = None) -> None:
         self.held.append(ids)
@@ -241,14 +209,13 @@ class Reader:
 
     def _read(self, ids: np.ndarray) -> None:
         first = self.session.tokens
-        with Writes(self.session.model) as writes:
+        with self.recall or nullcontext():
             start = time.perf_counter()
             self.session.feed(torch.from_numpy(ids))
             self.seconds += time.perf_counter() - start
-            strength = writes.take(len(ids))
-        self.last = np.concatenate([self.last, ids])[-WINDOW:]
-        if strength is not None:
-            self._account(first, strength)
+        before, self.last = self.last, np.concatenate([self.last, ids])[-WINDOW:]
+        if self.recall:
+            self._account(first, ids, before[-12:])
         if self.session.tokens - (self.points[-1]["tokens"] if self.points else 0) >= max(PIECE, self.total // 128):
             self.mark()
         if self.progress:
@@ -262,17 +229,46 @@ class Reader:
         self.points.append({"tokens": self.session.tokens, "seconds_per_1k": each, "state_bytes": self.session.state_bytes})
         self.marked = self.seconds
 
-    def _account(self, first: int, strength: np.ndarray) -> None:
-        """Give each fact its strongest write, and count the writes of the rest."""
-        rest = np.ones(len(strength), bool)
-        for fact in self.recent:
-            part = slice(max(0, fact.position - first), max(0, fact.position + fact.length - first))
-            fact.weight = max(fact.weight or 0.0, float(strength[part].max(initial=0.0)))
-            rest[part] = False
-        while self.recent and self.recent[0].position + self.recent[0].length <= first + len(strength):
+    def _account(self, first: int, ids: np.ndarray, before: np.ndarray) -> None:
+        """Give each fact its strongest write, and count the writes of the rest. ids: of this call; before: the tokens before them."""
+        assert self.recall is not None
+        book: set[int] = set()
+        for ledger in self.recall.ledgers:
+            for write in takewhile(lambda write: write.position >= first, reversed(ledger)):
+                fact = next((f for f in self.recent if f.position <= write.position < f.position + f.length), None)
+                if fact:
+                    fact.weight = max(fact.weight or 0.0, float(write.beta.max()))
+                else:
+                    book.add(write.position)
+        near = np.concatenate([before, ids])
+        for position in book if len(self.snippets) < LEDGER else ():
+            end = position - first + len(before) + 1
+            self.snippets[position] = " ".join(self.session.tokenizer.decode(near[max(0, end - 12) : end].tolist()).split())
+        inside = sum(max(0, min(f.position + f.length, first + len(ids)) - max(f.position, first)) for f in self.recent)
+        while self.recent and self.recent[0].position + self.recent[0].length <= first + len(ids):
             self.recent.popleft()
-        self.counted += int(rest.sum())
-        self.written += int((strength[rest] > WRITE).sum())
+        self.counted += len(ids) - inside
+        self.written += len(book)
+
+    def attended(self, one: Asked, planted: Sequence[Planted]) -> list[tuple[str, float, str]]:
+        """What the read behind an answer, asked now, came from: (text, share, role), the largest first, a fact's tokens together."""
+        assert self.recall is not None
+        question = torch.tensor(self.session.tokenizer.encode(f" Where is {one.actor}?"))
+        starts = [fact.position for fact in planted]
+        found: dict[str, tuple[float, str]] = {}
+        for share in self.recall.attended(question, self.session.state):
+            fact = planted[max(0, bisect_right(starts, share.position) - 1)] if planted else None
+            ago = f"({short(one.position - share.position)} ago)"
+            if share.position >= self.session.tokens:
+                text, role = "the question itself", "other"
+            elif fact and fact.position <= share.position < fact.position + fact.length:
+                text = f"{fact.text} ({short(one.position - fact.position)} ago)"
+                role = "answer" if fact is one.fact else "asked" if fact.actor == one.actor else "other"
+            else:
+                text, role = f"… {self.snippets.get(share.position, '')} {ago}", "book"
+            found[text] = (found.get(text, (0.0, role))[0] + share.weight, role)
+        rows = sorted(((text, weight, role) for text, (weight, role) in found.items()), key=lambda row: -row[1])
+        return rows[:SHOWN]
 
 
 def run(
@@ -294,12 +290,17 @@ def run(
     planted: list[Planted] = []
     asked: list[Asked] = []
     stops = deque(tokens * (i + 1) // QUESTIONS for i in range(QUESTIONS))
+    attended = None
     left, actor, room, told = next(planned)
     while stops:
         if reader.position >= stops[0]:
             stops.popleft()
             reader.flush()
-            asked += _ask(model, tokenizer, reader, where)
+            new = _ask(model, tokenizer, reader, where)
+            asked += new
+            if reader.recall and new and not stops:
+                one = max(new, key=lambda one: (one.right, one.distance))
+                attended = one, reader.attended(one, planted)
         elif left <= 0:
             ids = np.array(tokenizer.encode(" " + told), np.int32)
             where[actor] = Planted(actor, room, told, reader.position, len(ids))
@@ -315,7 +316,7 @@ def run(
     session = reader.session
     written = reader.written / reader.counted if reader.counted else None
     cost = (session.tokens, reader.seconds, session.state_bytes, memory.read())
-    return Result(asked, planted, reader.points, *cost, noise.laps, noise.left_out, written)
+    return Result(asked, planted, reader.points, *cost, noise.laps, noise.left_out, written, attended)
 
 
 def _ask(model: Model, tokenizer: Tokenizer, reader: Reader, where: dict[str, Planted]) -> list[Asked]:
@@ -432,34 +433,26 @@ def _figures(result: Result, out: Path) -> list[Section]:
         image = out / "cost_by_position.png"
         plots.cost_by_position(result.points, image)
         sections.append(Section("What it costs", image=image, caption="Time and size of the state, by position in the stream."))
-    if result.asked:
-        sections.append(_written(result, out / "writes.png"))
+    sections.append(_attended(result, out / "attended.png"))
     return sections
 
 
-def _written(result: Result, image: Path) -> Section:
-    """The strength with which facts were written, for the answer whose fact lies furthest back."""
-    title = "What the memory wrote"
-    one = max((one for one in result.asked if one.right), key=lambda one: one.distance, default=result.asked[-1])
-    before = [fact for fact in result.planted if fact.position < one.position]
-    chosen = [fact for fact in before if fact.actor == one.actor][-6:]
-    chosen = sorted({id(fact): fact for fact in [*chosen, *before[-8:]]}.values(), key=lambda fact: fact.position)
-    items = []
-    for fact in chosen:
-        if fact.weight is not None:
-            role = "answer" if fact is one.fact else "asked" if fact.actor == one.actor else "other"
-            items.append((f"{fact.text} ({short(one.position - fact.position)} ago)", fact.weight, role))
-    if not items:
-        return Section(title, ["This model has no write gate for each token, so there is nothing to show here."])
+def _attended(result: Result, image: Path) -> Section:
+    """What the read behind one answer came from: at the last place, the right one whose fact lies furthest back."""
+    title = "What the memory attended to"
+    if result.attended is None or not result.attended[1]:
+        return Section(title, ["This model has no memory whose reads can be traced to the tokens that were written (inspect.Recall)."])
+    one, items = result.attended
     said = one.memory if one.memory in ROOMS else "no room"
-    plots.weights(items, image, f"Where is {one.actor}?  “{said}”", "strength of the write while the fact was read (0 to 1)")
+    plots.weights(items, image, f"Where is {one.actor}?  “{said}”", "share of what was read from the memory")
     text = [
-        f"Asked {short(one.distance)} tokens after the fact, the memory said “{said}” ({'right' if one.right else 'wrong'}). The bars are "
-        "the largest write gate over heads and layers while each fact was read: what was stored, not what the answer looked at."
+        f"Asked {short(one.distance)} tokens after the fact, the memory said “{said}” ({'right' if one.right else 'wrong'}). "
+        "A delta-rule memory is a sum over the tokens that were ever written into it, so what a question reads from it is an attention "
+        "over the whole past; the bars are its weights, exactly."
     ]
     if result.written is not None:
-        text.append(f"Of the other tokens of the text, {result.written:.2%} were written with a strength above {WRITE}.")
-    return Section(title, text, image=image, caption="Facts by the strength with which they were written.")
+        text.append(f"Of the tokens of the text that are no facts, {result.written:.3%} were written at all.")
+    return Section(title, text, image=image, caption="What the answer was read from, by share.")
 
 
 def _as_json(result: Result, seed: int, tokens: int, text: Path | None) -> Row:
@@ -469,6 +462,11 @@ def _as_json(result: Result, seed: int, tokens: int, text: Path | None) -> Row:
         "asked": [{name: value for name, value in vars(one).items() if name != "fact"} for one in result.asked],
         "facts": [{"position": fact.position, "text": fact.text, "weight": fact.weight} for fact in result.planted],
         "points": result.points,
+        "attended": result.attended and {
+            "question": f"Where is {result.attended[0].actor}?",
+            "answer": result.attended[0].memory,
+            "shares": [{"text": text, "share": share, "role": role} for text, share, role in result.attended[1]],
+        },
         "meta": {
             "tokens": result.tokens, "asked_for": tokens, "seed": seed, "window": WINDOW, "text": str(text) if text else "moby_dick",
             "laps": result.laps, "sentences_left_out": result.left_out, "seconds": result.seconds, "state_bytes": result.state_bytes,

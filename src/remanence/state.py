@@ -83,6 +83,8 @@ class State:
 
     def __init_subclass__(cls) -> None:
         own = tuple(name for name in cls.__dict__.get("__annotations__", {}) if not name.startswith("_") and name != "header")
+        if taken := [name for name in own if hasattr(State, name)]:
+            raise TypeError(f"{cls.__name__} has a field {taken[0]!r}, which every State has as a method or property; name it otherwise.")
         cls.fields = (*cls.fields, *own)
         State._kinds[cls.__name__] = cls
 

@@ -95,11 +95,12 @@ def cost_by_position(points: Sequence[Row], path: str | Path) -> None:
 
 
 def weights(items: Sequence[tuple[str, float, str]], path: str | Path, title: str, xlabel: str) -> None:
-    """Bars for (label, weight, role), top down; role 'answer', 'asked' or 'other' picks the colour."""
+    """Bars for (label, weight, role), top down; role 'answer', 'asked', 'other' or 'book' picks the colour."""
     roles = {
         "answer": (BLUE, "settles the answer"),
         "asked": (SKY, "an earlier fact about the one asked for"),
         "other": ("#bbbbbb", "another fact"),
+        "book": ("#dddddd", "the book's own words"),
     }
 
     def draw(figure: Figure) -> None:

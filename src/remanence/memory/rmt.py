@@ -21,7 +21,7 @@ def memory_prompt(backbone: Model, tokens: int, segment: int, wide: bool = False
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
         raise UsageError(f"tokens is {tokens!r}; it must be an integer >= 0.")
     if tokens > segment and not wide:
-        raise UsageError(f"tokens is {tokens} and segment {segment}; a memory is at most as large as the segment (rmt takes more with wide=True).")
+        raise UsageError(f"tokens is {tokens} and segment {segment}; a memory is at most as large (rmt takes more with wide=True).")
     with torch.no_grad():
         embedding = backbone.embed(torch.arange(backbone.vocab, device=backbone.device))
         return nn.Parameter(torch.randn(tokens, backbone.dim, device=embedding.device, dtype=embedding.dtype) * embedding.std())

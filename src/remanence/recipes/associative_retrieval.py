@@ -1,14 +1,18 @@
 """associative-retrieval: do RMT and ARMT, given states of the same size, remember more pairs than they were trained on? (arXiv 2407.04841)
 
 A segment holds one pair (key SEP value EOS); the last one asks for a key's value. Two layers of width 64, full back-propagation through the
-segments, a curriculum of 1, 2, 3, 5, 10 pairs; then tests with 1 to 50 pairs. `remanence train associative-retrieval --out runs/assoc`.
-It is inside the package, so that an installed library has it.
+segments, a curriculum of 1, 2, 3, 5 pairs; then tests with 1 to 16, all the keys there are. `remanence train associative-retrieval`.
+
+Not the paper's protocol in three ways, each for a budget of minutes: every key of a sequence is asked for in training, on a fork of the
+state (a state is a value, so one stream serves all its questions); the embedding starts at the scale of the hidden states; and the
+curriculum ends at 5 pairs. It is inside the package, so that an installed library has it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +25,16 @@ from ..catalog import find
 from ..errors import UsageError
 from ..models import Decoder, Model, ModelConfig
 from ..state import State
-from ..tasks.assoc_retrieval import SYMBOLS, VOCAB_SIZE, batch, segment
+from ..tasks.assoc_retrieval import GEN, SYMBOLS, VOCAB_SIZE, batch, segment
 from ..tasks.base import IGNORE
-from ..train import Curriculum, Piece, Run, TrainConfig, cut, environment
+from ..train import Curriculum, Piece, Run, TrainConfig, environment
 from ._results import Row, merge_rows, plot
 
 DIM, LAYERS = 64, 2
-KEY_SIZE = 2  # 256 keys: enough for 50 different ones
+KEY_SIZE = 1
 SEGMENT = segment(KEY_SIZE)
-STAGES = (1, 2, 3, 5, 10)
-TESTED = (1, 2, 3, 5, 7, 10, 12, 15, 20, 25, 30, 40, 50)
+STAGES = (1, 2, 3, 5)
+TESTED = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 WRITE_TOKENS, ARMT_KEY_DIM, NU = 4, 8, 1
 
 
@@ -66,8 +70,18 @@ def state_bytes(model: Model) -> int:
     return sum(t.numel() * t.element_size() for t in state.tensors() if t.is_floating_point())
 
 
+@dataclass(frozen=True)
+class Questions(Piece):
+    """Segments that ask, ids [N, S], each on a fork of row rows[i] of the state: rows [N]."""
+
+    rows: Tensor = torch.empty(0, dtype=torch.long)
+
+    def to(self, device: torch.device | str) -> Questions:
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("ids", "targets", "rows")})
+
+
 class Pairs:
-    """Batches of the task, one segment a piece; the number of pairs follows the curriculum, which is part of a checkpoint."""
+    """Batches of the task, one segment a piece, and then every key's question; the number of pairs follows the curriculum."""
 
     carries = False
 
@@ -76,8 +90,14 @@ class Pairs:
 
     def batch(self, seed: int, index: int) -> list[Piece]:
         pairs = self.curriculum.size(seed, index)
-        ids, targets = batch(np.random.default_rng([seed, index]), self.rows, pairs, KEY_SIZE)
-        return cut(torch.from_numpy(ids), torch.from_numpy(targets), SEGMENT)
+        ids, _ = batch(np.random.default_rng([seed, index]), self.rows, pairs, KEY_SIZE)
+        told = torch.from_numpy(ids[:, :-SEGMENT])
+        asked = told.reshape(-1, SEGMENT).clone()  # key SEP value EOS -> key GEN value EOS
+        asked[:, KEY_SIZE] = GEN
+        targets = torch.full_like(asked, IGNORE)
+        targets[:, KEY_SIZE:-1] = asked[:, KEY_SIZE + 1 :]
+        rows = torch.arange(self.rows).repeat_interleave(pairs)
+        return [*(Piece(part) for part in told.split(SEGMENT, 1)), Questions(asked, targets, rows=rows)]
 
     def observe(self, metrics: dict[str, float]) -> dict[str, int]:
         pairs = self.curriculum.top
@@ -93,8 +113,10 @@ class Pairs:
 
 def exact_match_loss(model: Model, piece: Piece, state: State | None) -> tuple[Tensor | None, State, dict[str, Tensor]]:
     """Summed cross-entropy of value and EOS, and the fraction of rows in which both are predicted."""
-    if piece.targets is None or not piece.count:
+    if piece.targets is None:
         return None, model(piece.ids, state, logits="none").state, {}
+    if isinstance(piece, Questions) and state is not None:
+        state = state.rows(piece.rows)
     out = model(piece.ids, state)
     wanted = piece.targets != IGNORE
     loss = F.cross_entropy(out.logits[wanted].float(), piece.targets[wanted], reduction="sum")
@@ -129,16 +151,16 @@ def recipe(
     slugs = [slug.strip() for slug in (memory or "rmt,armt").split(",")]
     if len(set(slugs)) != len(slugs):
         raise UsageError(f"memory is {memory!r}; each slug may be named once.")
-    runs = [_run(slug, seed, steps or (6 if fast else 3000), device, fast) for slug in slugs]
+    runs = [_run(slug, seed, steps or (6 if fast else 3200), device, fast) for slug in slugs]
     runs[0].others = tuple(runs[1:])
     return runs[0]
 
 
 def _run(slug: str, seed: int, steps: int, device: str, fast: bool) -> Run:
     stages, tested, n = (STAGES[:2], TESTED[:3], 16) if fast else (STAGES, TESTED, 512)
-    curriculum = Curriculum(stages, advance=0.97, window=2 if fast else 50, limit=max(1, steps // len(stages)), vary=True)
+    curriculum = Curriculum(stages, advance=0.95, window=2 if fast else 50, limit=max(1, steps // len(stages)), vary=True)
     config = TrainConfig(
-        steps=steps, lr=1e-3, schedule="linear", warmup=min(100, steps // 10), weight_decay=1e-3, seed=seed, device=device,
+        steps=steps, lr=1e-3, schedule="wsd", warmup=min(100, steps // 10), weight_decay=1e-3, beta2=0.98, seed=seed, device=device,
         best="accuracy", maximize=True, eval_every=max(1, steps // 10), checkpoint_every=max(1, steps // 20),
     )  # fmt: skip
     model = build(slug, seed)
