@@ -34,7 +34,7 @@ from .tasks.babilong import sentences
 from .tokenizers import Tokenizer
 from .train.environment import environment
 
-QUESTIONS = 12
+QUESTIONS = 32
 """Places along the stream where everyone is asked for."""
 SHORTEST, LONGEST = 40, 2000
 """Characters of a sentence of the text: shorter ones are joined to the next, longer ones are cut."""

@@ -41,9 +41,18 @@ def test_streams_have_their_length_and_the_places_are_what_the_text_says(facts, 
     rng = np.random.default_rng(0)
     for i in range(200):
         length = (64, 128, 300)[i % 3]
-        ids, places = facts.stream(rng, length, 1 + i % 5)
-        assert len(ids) == length
+        ids, places = facts.stream(rng, length, hard=i % 2 == 0)
+        assert len(ids) == length and places
         assert told(tokenizer.decode(ids)) == places
+
+
+def test_hard_streams_have_line_ends_and_decoys(facts, tokenizer):
+    rng = np.random.default_rng(1)
+    easy, hard = ([tokenizer.decode(facts.stream(rng, 300, hard=flag)[0]) for _ in range(40)] for flag in (False, True))
+    others = re.compile(rf"(?:{'|'.join(quickstart.OTHERS)}) (?:moved|went|journeyed|travelled) (?:back )?to the (?:{'|'.join(ROOMS)})\.")
+    assert any(others.search(text) for text in hard) and not any(others.search(text) for text in easy)
+    line = re.compile(rf"\n(?:{'|'.join(ACTORS)}) ")
+    assert any(line.search(text) for text in hard) and not any(line.search(text) for text in easy)
 
 
 def test_batches_are_a_function_of_seed_and_index(facts):

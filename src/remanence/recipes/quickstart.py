@@ -7,6 +7,7 @@ thousand tokens at a time; what makes it last for millions is that a token which
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..files import write_text
 from ..models import Decoder, Model, ModelConfig
 from ..state import State
 from ..tasks.babi import ACTORS, PHRASES, ROOMS
-from ..tasks.babilong import BABILong, Haystack
+from ..tasks.babilong import BABILong, Haystack, sentences
 from ..tokenizers import BPETokenizer, Tokenizer, stream_encode
 from ..train.config import Run, TrainConfig
 from ..train.curriculum import Curriculum
@@ -35,6 +36,8 @@ STAGES = (64, 128, 256, 512, 1024, 2048)
 """Tokens of a training stream, stage by stage; a stage is over when 95 % of its questions are answered."""
 PRICES = (0.003, 0.03, 0.03, 0.03, 0.03, 0.5)
 """What an open gate costs at each stage: next to nothing while the memory learns to be of use, then enough to shut all it can spare."""
+OTHERS = ("I", "He", "She", "They", "Elizabeth", "Jane", "Joe", "Pip", "Arthur", "Lucy", "Tom", "Anna", "The captain", "My mother")
+"""Who else goes to rooms."""
 TOKENS = 8192
 """Tokens of a batch at every stage."""
 
@@ -70,8 +73,10 @@ class Asked(Piece):
 class Facts:
     """Streams of book text with facts about who went where, and the question where everyone is who was mentioned.
 
-    A stream holds 1 to 10 facts (fewer where they would not fit) about 1 to 4 people, anywhere between sentences, behind a space or a new
-    line. Half of the streams read the books as they are, half as BABILong does, without line ends and short sentences.
+    A stream holds facts about 1 to 4 people, one to every 48 tokens at the most (10 in short streams), anywhere between sentences. Half of
+    the streams read the books as they are, half as BABILong does, without line ends and short sentences. After the first stage facts also
+    stand behind line ends, and decoys are mixed in, which no question is about: the books' own sentences with one of the people or rooms
+    in them, and others who went to a room.
     """
 
     carries = False
@@ -91,6 +96,10 @@ class Facts:
             for r in ROOMS
         }
         self.longest = max(map(len, self.fact.values()))
+        word = re.compile(rf"\b(?:{'|'.join((*ACTORS, *ROOMS))})\b")
+        own = [encode(" " + sentence) for sentence in sentences(text) if word.search(sentence)]
+        others = [encode(f" {who} {v} the {r}.") for who in OTHERS for v in self.verbs for r in ROOMS]
+        self.decoys = [[ids for ids in own if len(ids) <= 48], others]
         self.question = {a: tokenizer.encode(f" Where is {a}?") for a in self.people}
         self.answer = {r: [*tokenizer.encode(f" {r}"), tokenizer.eos] for r in ROOMS}
 
@@ -101,8 +110,8 @@ class Facts:
         if stage > 1 and rng.random() < 0.3:  # keep what the earlier stages taught
             stage = int(rng.integers(stage))
         length = self.curriculum.stages[stage]
-        most = min(10, length // self.longest)
-        streams, asked = zip(*(self.stream(rng, length, int(rng.integers(1, most + 1))) for _ in range(max(1, self.tokens // length))))
+        hard = self.curriculum.stage > 0
+        streams, asked = zip(*(self.stream(rng, length, hard) for _ in range(max(1, self.tokens // length))))
         rows, questions, answers = [], [], []
         for row, places in enumerate(asked):
             for person, room in places.items():
@@ -115,29 +124,34 @@ class Facts:
             as_tensor(np.stack(streams)), rows=as_tensor(rows), questions=as_tensor(questions), answers=as_tensor(answers), price=price
         )
 
-    def stream(self, rng: np.random.Generator, length: int, facts: int) -> tuple[np.ndarray, dict[str, str]]:
-        """`length` tokens with so many facts in them, and where everyone mentioned is at the end."""
+    def stream(self, rng: np.random.Generator, length: int, hard: bool) -> tuple[np.ndarray, dict[str, str]]:
+        """`length` tokens of text with facts and, if `hard`, line ends and decoys; and where everyone mentioned is at the end."""
         people = rng.permutation(len(self.people))[: rng.integers(1, 5)]
         places: dict[str, str] = {}
-        told = []
-        for _ in range(facts):
+        pieces: list[np.ndarray] = []
+        begins = hard and rng.random() < 0.1  # a text may begin with a fact
+        most = min(length // self.longest, max(10, length // 48))
+        for _ in range(int(np.exp(rng.uniform(0, np.log(most + 1))))):
             person = self.people[people[rng.integers(len(people))]]
             rooms = [room for room in ROOMS if room != places.get(person)]
             places[person] = rooms[rng.integers(len(rooms))]
-            before = (" ", " ", " ", "\n", "\n\n")[rng.integers(5)]
-            told.append((before, person, self.verbs[rng.integers(len(self.verbs))], places[person]))
-        if told and rng.random() < 0.1:  # a text may begin with a fact
-            told[0] = ("", *told[0][1:])
-        pieces = [self.fact[fact] for fact in told]
+            before = "" if begins and not pieces else (" ", " ", " ", "\n", "\n\n")[rng.integers(5)] if hard else " "
+            pieces.append(self.fact[before, person, self.verbs[rng.integers(len(self.verbs))], places[person]])
+        room = length - sum(map(len, pieces))
+        for _ in range(int(rng.integers(0, 2 + length // 256)) if hard else 0):
+            choice = self.decoys[rng.integers(2)]
+            decoy = choice[rng.integers(len(choice))] if choice else np.empty(0, np.int64)
+            if len(decoy) <= room:
+                pieces.insert(int(rng.integers(begins, len(pieces) + 1)), decoy)
+                room -= len(decoy)
         noise_of = self.noises[rng.integers(2)]
-        budget = length - sum(map(len, pieces))
         sentence = int(rng.integers(len(noise_of.bounds) - 1))
         start = noise_of.place(sentence)
-        noise = np.empty(budget, np.int64)
+        noise = np.empty(room, np.int64)
         noise_of.copy(start, noise)
-        ends = [noise_of.place(i) - start for i in range(sentence, noise_of.before(start + budget) + 1)]
-        slots = np.sort(rng.choice([end for end in ends if end <= budget], facts))
-        if told[0][0] == "":
+        ends = [noise_of.place(i) - start for i in range(sentence, noise_of.before(start + room) + 1)]
+        slots = np.sort(rng.choice([end for end in ends if end <= room], len(pieces)))
+        if begins:
             slots[0] = 0
         parts, read = [], 0
         for piece, slot in zip(pieces, slots):
@@ -207,7 +221,7 @@ def recipe(
     torch.manual_seed(seed)
     model = reader(tokenizer.vocab_size)
     config = TrainConfig(
-        steps=steps or (700 if fast else 2400),
+        steps=steps or (700 if fast else 2000),
         lr=2e-3,
         schedule="wsd",
         warmup=100,
