@@ -22,7 +22,6 @@ docs: $(DEV)
 	$(BIN)/python tools/make_docs.py
 
 gpu: $(DEV)
-	$(PIP) install -e ".[gpu]" -c constraints.txt
 	$(BIN)/remanence doctor
 	$(BIN)/python -m pytest -m gpu
 
