@@ -31,28 +31,37 @@ def facts(tokenizer) -> Facts:
     return Facts({"sea": TEXT}, tokenizer, tokens=512, stages=(64, 128))
 
 
+@pytest.fixture(scope="module")
+def hard(tokenizer) -> Facts:
+    return Facts({"sea": TEXT}, tokenizer, hard=True, tokens=512, stages=(64, 128))
+
+
+FACT = re.compile(rf"({'|'.join(ACTORS)}) (?:moved to|went to|went back to|journeyed to|travelled to) the ({'|'.join(ROOMS)})\.")
+
+
 def told(text: str) -> dict[str, str]:
     """Where everyone is, by the last sentence about them."""
-    pattern = rf"({'|'.join(ACTORS)}) (?:moved to|went to|went back to|journeyed to|travelled to) the ({'|'.join(ROOMS)})\."
-    return dict(re.findall(pattern, text))
+    return dict(FACT.findall(text))
 
 
-def test_streams_have_their_length_and_the_places_are_what_the_text_says(facts, tokenizer):
+def test_streams_have_their_length_and_the_places_are_what_the_text_says(facts, hard, tokenizer):
     rng = np.random.default_rng(0)
     for i in range(200):
         length = (64, 128, 300)[i % 3]
-        ids, places = facts.stream(rng, length, hard=i % 2 == 0)
+        ids, places = (hard if i % 2 else facts).stream(rng, length)
         assert len(ids) == length and places
         assert told(tokenizer.decode(ids)) == places
 
 
-def test_hard_streams_have_line_ends_and_decoys(facts, tokenizer):
+def test_hard_streams_have_decoys_and_more_facts(facts, hard, tokenizer):
     rng = np.random.default_rng(1)
-    easy, hard = ([tokenizer.decode(facts.stream(rng, 300, hard=flag)[0]) for _ in range(40)] for flag in (False, True))
+    plain_ones, hard_ones = ([tokenizer.decode(source.stream(rng, 1000)[0]) for _ in range(40)] for source in (facts, hard))
     others = re.compile(rf"(?:{'|'.join(quickstart.OTHERS)}) (?:moved|went|journeyed|travelled) (?:back )?to the (?:{'|'.join(ROOMS)})\.")
-    assert any(others.search(text) for text in hard) and not any(others.search(text) for text in easy)
+    assert any(others.search(text) for text in hard_ones) and not any(others.search(text) for text in plain_ones)
     line = re.compile(rf"\n(?:{'|'.join(ACTORS)}) ")
-    assert any(line.search(text) for text in hard) and not any(line.search(text) for text in easy)
+    assert any(line.search(text) for text in hard_ones) and any(line.search(text) for text in plain_ones)
+    most = [max(len(FACT.findall(text)) for text in texts) for texts in (plain_ones, hard_ones)]
+    assert most[0] <= 10 < most[1] <= 1000 // 48
 
 
 def test_batches_are_a_function_of_seed_and_index(facts):
