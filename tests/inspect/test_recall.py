@@ -49,7 +49,9 @@ def test_cuts_do_not_change_the_shares_and_asking_leaves_the_ledger():
             for piece in ids.split(cuts):
                 state = net(piece[None], state).state
             found.append(recall.attended(question, state))
-            assert len(recall.ledgers[0]) == 30 and recall.attended(question, state) == found[-1]
+            assert len(recall.ledgers[0]) == 30
+        assert recall.attended(question, state) == found[-1]
+        assert not net.blocks[0].mixer.conv._forward_hooks
     whole, pieces = ({share.position: share.weight for share in shares} for shares in found)
     assert whole.keys() == pieces.keys() == set(range(35))
     assert sum(whole.values()) == pytest.approx(1) and all(whole[p] == pytest.approx(pieces[p], abs=1e-5) for p in whole)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -104,12 +105,13 @@ class Recall:
     def attended(self, ids: Tensor, state: State | None) -> list[Share]:
         """Read ids [T] (a question) on a fork of `state` and say where the read of its last token came from, largest share first.
 
-        Positions count the tokens since the context was opened; the question's own follow those of the stream. The ledger is afterwards
-        what it was.
+        Positions count the tokens read while the context was open; the question's own follow those of the stream. The ledger is afterwards
+        what it was. May be called inside the context and outside.
         """
         kept, seen = [deque(ledger, ledger.maxlen) for ledger in self.ledgers], list(self._seen)
         try:
-            self.model(ids[None].to(self.model.device), state, logits="none")
+            with nullcontext() if self._handles else self:
+                self.model(ids[None].to(self.model.device), state, logits="none")
             weights: dict[int, float] = {}
             for ledger, q in zip(self.ledgers, self.reads):
                 u = q  # [H, K]
@@ -119,6 +121,6 @@ class Recall:
                     weights[write.position] = weights.get(write.position, 0.0) + float((a.abs() * write.value.norm(dim=-1)).sum())
         finally:
             self.ledgers, self._seen = kept, seen
-        total = sum(weights.values())
+        total = sum(weights.values()) or 1.0
         shares = [Share(position, weight / total) for position, weight in weights.items() if weight > 0]
         return sorted(shares, key=lambda share: -share.weight)
