@@ -235,7 +235,7 @@ def recipe(
     tokenizer = BPETokenizer.train(texts.values(), VOCAB, words)
     torch.manual_seed(seed)
     model = reader(tokenizer.vocab_size)
-    steps = steps or (700 if fast else 2400)
+    steps = steps or (1100 if fast else 2400)
     learn = TrainConfig(
         steps=steps, lr=2e-3, schedule="wsd", warmup=100, floor=0.02, beta2=0.98, seed=seed, device=device,
         best="accuracy_4k", maximize=True, eval_every=250, checkpoint_every=250, log_every=10,
