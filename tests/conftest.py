@@ -28,3 +28,10 @@ def poisoned_memory() -> Iterator[None]:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> Iterator[None]:
+    """A program that `runtime.tune` was called in flushes denormals; hypothesis, in the same process, must be able to draw them again."""
+    yield
+    torch.set_flush_denormal(False)
