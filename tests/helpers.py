@@ -15,17 +15,21 @@ TINY = 1e-30
 
 def rms(x: Tensor) -> float:
     """Root mean square, in float64; 0 for an empty tensor."""
+    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
     return x.detach().double().square().mean().sqrt().item() if x.numel() else 0.0
 
 
 def relative_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
     """rms(got - want) / rms(want). `floor` is the smallest rms(want) that is taken at its word."""
-    return rms(got.detach().double() - want.detach().double()) / max(rms(want), floor, TINY)
+    wide = torch.complex128 if want.is_complex() else torch.float64
+    return rms(got.detach().to(wide) - want.detach().to(wide)) / max(rms(want), floor, TINY)
 
 
 def assert_close(name: str, got: Tensor, want: Tensor, tol: float, floor: float = 0.0) -> float:
     """Assert that shapes agree and the relative RMS error is <= tol (integers: equal); prints and returns the error."""
     assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, expected {list(want.shape)}"
+    if want.is_complex():
+        got, want = torch.view_as_real(got.resolve_conj()), torch.view_as_real(want.resolve_conj())
     if not want.is_floating_point():
         assert torch.equal(got, want), f"{name}: integers differ: {got.tolist()}, expected {want.tolist()}"
         return 0.0

@@ -59,6 +59,22 @@ def same(a: State, b: State) -> None:
 # A value
 
 
+class SpectrumForTests(State):
+    modes: Tensor
+
+
+def test_complex_tensors_are_states_too(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    state = SpectrumForTests(modes=torch.randn(2, 3, generator=random, dtype=torch.complex64))
+    state.save(tmp_path / "s.safetensors")
+    assert State.load(tmp_path / "s.safetensors").digest() == state.digest()
+    assert state.to(dtype=torch.float64).modes.dtype == torch.complex128
+    with pytest.raises(StateError, match="'modes' holds NaN"):
+        state.replace(modes=state.modes * torch.nan).save(tmp_path / "nan.safetensors")
+    with pytest.raises(StateError, match="'modes' cannot be deleted"):
+        del state.modes
+
+
 def test_a_state_cannot_be_set() -> None:
     state = tree()
     for name in ("seen", "header", "new"):

@@ -11,12 +11,11 @@ from typing import Self, cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .corpus import iter_text
-from .errors import FileError, StateError, UsageError, positive
-from .files import tensor_digest, write_atomic
+from .errors import StateError, UsageError, positive
+from .files import tensor_digest
 from .mixers.base import check_state
 from .models import Model, load
 from .span import Span
@@ -264,20 +263,8 @@ class Session:
         """
         if self.state is None:
             raise StateError("nothing was read yet; there is no state to save.")
-        state = self.state
         note = json.dumps({"pending": self.pending, "tokens": self.tokens, "source": self.source, "weights": fingerprint(self.model)})
-
-        def write(beside: Path) -> None:
-            try:
-                state.save(beside)
-            except FileError as error:
-                raise error.__cause__ or error from None  # write_atomic says it again, of the name that the caller knows
-            with safe_open(beside, framework="pt") as file:
-                header = dict(file.metadata())
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            save_file(tensors, beside, metadata={**header, "session": note, "session_sha256": _note_digest(header["sha256"], note)})
-
-        write_atomic(path, write)
+        self.state.save(path, lambda header: {"session": note, "session_sha256": _note_digest(header["sha256"], note)})
 
     @classmethod
     def load(cls, path: str | Path, model: Model, tokenizer: Tokenizer) -> Self:

@@ -96,6 +96,9 @@ class State:
     def __setattr__(self, name: str, value: Any) -> None:
         raise StateError(f"a {type(self).__name__} is a value: {name!r} cannot be set; make a changed copy with .replace({name}=...).")
 
+    def __delattr__(self, name: str) -> None:
+        raise StateError(f"a {type(self).__name__} is a value: {name!r} cannot be deleted.")
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; shares the rest."""
         new = type(self)(**{name: changes.pop(name) if name in changes else self.__dict__[name] for name in self.fields})
@@ -169,8 +172,13 @@ class State:
         return self.map(Tensor.clone)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Moved to a device; `dtype` changes floating-point tensors only."""
-        return self.map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+        """Moved to a device; `dtype` (a real one) changes floating-point tensors only, complex ones to the complex type of its width."""
+
+        def cast(t: Tensor) -> Tensor:
+            width = dtype and (dtype.to_complex() if t.is_complex() else dtype if t.is_floating_point() else None)
+            return t.to(device=device, dtype=width)
+
+        return self.map(cast)
 
     def rows(self, index: Sequence[int] | Tensor) -> Self:
         """The rows named, in that order, repeats allowed. Raises StateError on a row that is not there."""
@@ -196,14 +204,15 @@ class State:
         fields = {name: walk(self.__dict__[name]) for name in self.fields}
         return {"state": type(self).__name__, "header": list(self.header), "fields": fields}
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, extra: Callable[[dict[str, str]], dict[str, str]] | None = None) -> None:
         """Write a safetensors file whose header says format version, system, configuration digest, tokens seen and a digest of the content.
 
-        Raises StateError if a tensor holds NaN, FileError if the file cannot be written; an existing file is replaced whole or not at all.
+        extra(header) gives further items of the header, for those who keep something beside a state. Raises StateError if a tensor holds
+        NaN, FileError if the file cannot be written; an existing file is replaced whole or not at all.
         """
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.named_tensors()}
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and torch.isnan(tensor).any():
+            if torch.isnan(tensor).any():
                 raise StateError(f"the state's tensor {name!r} holds NaN; a state that cannot be continued is not saved.")
         floats = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
         structure = json.dumps(self._structure())
@@ -217,6 +226,8 @@ class State:
             "structure": structure,
             "sha256": hashlib.sha256((tensor_digest(tensors) + structure).encode()).hexdigest(),
         }
+        if extra:
+            header |= extra(header)
         write_atomic(path, lambda beside: save_file(tensors, beside, metadata=header))
 
     @staticmethod

@@ -65,7 +65,7 @@ def _backbone() -> Decoder:
 def _systems() -> list[System]:
     systems = []
     for entry in rm.catalog():
-        if entry.kind == "mixer":
+        if "mixer" in entry.kinds:
             build, tokens = functools.partial(rm.mixer, entry.slug, dim=DIM), False
         elif entry.kind == "segment-memory":
             build, tokens = (lambda slug=entry.slug, **hyper: rm.memory(slug, backbone=_backbone(), **hyper)), True

@@ -25,7 +25,7 @@ def gradients(system: System, dtype: torch.dtype, where: Sequence[int], start: S
 
     def leaf(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().clone()
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() or tensor.is_complex():
             leaves[f"state {len(leaves)}"] = tensor.requires_grad_()
         return tensor
 
@@ -35,6 +35,7 @@ def gradients(system: System, dtype: torch.dtype, where: Sequence[int], start: S
     loss = 0.0
     for tensor in [y, *end.tensors()]:
         if tensor.requires_grad:
+            tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             loss = loss + (tensor * torch.randn(tensor.shape, generator=random, dtype=torch.float64).to(tensor.dtype)).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in zip(leaves.items(), grads)}

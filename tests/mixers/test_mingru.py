@@ -23,7 +23,7 @@ def loop(mixer, x, form, hidden=None):
     outputs = []
     for token in x.unbind(1):
         if mixer.slug == "mingru":
-            u, k = mixer.to_hidden_gate(token).chunk(2, -1)
+            u, k = mixer.to_hidden_gates(token).chunk(2, -1)
             keep, write = 1 - k.sigmoid(), k.sigmoid()
         else:
             u, f, i = mixer.to_hidden_gates(token).chunk(3, -1)

@@ -54,7 +54,7 @@ def accuracy_by_length(
         _ticks(axes, shown, ["facts only" if at == zero else short(at) for at in shown])
         axes.set(xlabel="tokens read before the question", title=title or "Accuracy by length")
 
-    _save(path, draw)
+    save_figure(path, draw)
 
 
 def accuracy_by_distance(on: Sequence[Row], off: Sequence[Row], path: str | Path, chance: float | None = None, title: str = "") -> None:
@@ -75,7 +75,7 @@ def accuracy_by_distance(on: Sequence[Row], off: Sequence[Row], path: str | Path
         axes.set_xticks(list(places.values()), [labels[low] for low in places])
         axes.set(xlabel="tokens since the fact that settles the answer", title=title or "Accuracy by distance")
 
-    _save(path, draw)
+    save_figure(path, draw)
 
 
 def cost_by_position(points: Sequence[Row], path: str | Path) -> None:
@@ -91,7 +91,7 @@ def cost_by_position(points: Sequence[Row], path: str | Path) -> None:
             axes.set(xlabel="position in the stream, tokens", ylabel=label, title=title)
             axes.xaxis.set_major_formatter(lambda value, _: short(value))
 
-    _save(path, draw, width=9)
+    save_figure(path, draw, width=9)
 
 
 def weights(items: Sequence[tuple[str, float, str]], path: str | Path, title: str, xlabel: str) -> None:
@@ -116,7 +116,7 @@ def weights(items: Sequence[tuple[str, float, str]], path: str | Path, title: st
         figure.legend(loc="outside lower center", ncols=3, fontsize=9)
         axes.set(xlabel=xlabel, title=title)
 
-    _save(path, draw, width=9, height=1.6 + 0.32 * max(len(items), 3))
+    save_figure(path, draw, width=9, height=1.6 + 0.32 * max(len(items), 3))
 
 
 def _bars(axes: Axes, at: Sequence[float], rows: Sequence[Row], low: str, high: str, colour: str, mark: str, label: str) -> None:
@@ -140,7 +140,7 @@ def _ticks(axes: Axes, at: Sequence[float], labels: Sequence[str]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _save(path: str | Path, draw: Any, width: float = 7.0, height: float = 4.0) -> None:
+def save_figure(path: str | Path, draw: Any, width: float = 7.0, height: float = 4.0) -> None:
     """Draw into a figure of its own, without pyplot, and write it whole or not at all."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg

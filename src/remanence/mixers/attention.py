@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..catalog import system
 from ..errors import UsageError, divides
@@ -20,6 +23,25 @@ class AttentionState(State):
     at: Growing | Tensor  # [B, n] int64, position of each key in its document; -1 is one that nothing may see
 
 
+class _Rotate(torch.autograd.Function):
+    """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of x [B, T, H, D]; the gradient is the rotation back. First order only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)  # filled in place: no halves to be joined again
+        (a, b), (c, d) = x.chunk(2, -1), y.chunk(2, -1)
+        torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=d).addcmul_(a, sin)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(dy, cos, -sin), None, None  # type: ignore[return-value]
+
+
 def rotate(x: Tensor, position: Tensor, theta: float, dims: int) -> Tensor:
     """Rotary embedding of the first `dims` of x [B, T, H, D] by position [B, T]; halves are paired (i, i + dims / 2).
 
@@ -28,8 +50,9 @@ def rotate(x: Tensor, position: Tensor, theta: float, dims: int) -> Tensor:
     freq = theta ** (-torch.arange(0, dims, 2, device=x.device, dtype=torch.float64) / dims)
     angle = position[..., None].double() * freq  # [B, T, dims / 2]
     cos, sin = angle.cos().to(x.dtype)[:, :, None], angle.sin().to(x.dtype)[:, :, None]
-    a, b, rest = x.split([dims // 2, dims // 2, x.shape[-1] - dims], -1)
-    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), rest], -1)
+    if dims == x.shape[-1]:
+        return _Rotate.apply(x, cos, sin)  # type: ignore[return-value]
+    return torch.cat([_Rotate.apply(x[..., :dims], cos, sin), x[..., dims:]], -1)  # type: ignore[list-item]
 
 
 @system("attention", kind="mixer", paper="arXiv:1706.03762", year=2017, name="Attention (GQA, RoPE, window, sinks)")

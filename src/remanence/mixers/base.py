@@ -43,6 +43,7 @@ class Mixer(nn.Module):
     state that another system, configuration or batch made.
     """
 
+    role: ClassVar[str] = "mixer"
     slug: ClassVar[str] = "mixer"
     config: dict[str, Any]
     header: tuple[str, str]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,8 +38,37 @@ def inner_size(dim: int, expansion: float, form: str) -> int:
     return int(dim * expansion)
 
 
-@system("mingru", kind="mixer", paper="arXiv:2410.01201", year=2024, name="minGRU", aliases=("mingru-minlstm",))
-class MinGRU(Mixer):
+class MinRNN(Mixer):
+    """What minGRU and minLSTM share: one projection to the candidate and its gates, one linear scan, one projection back."""
+
+    gates: ClassVar[int]
+    """Gates beside the candidate."""
+
+    def __init__(self, dim: int, expansion: float = 1.5, form: str = "log", backend: str = "auto"):
+        super().__init__()
+        inner = inner_size(dim, expansion, form)
+        self.form, self.backend = form, backend
+        self.to_hidden_gates = nn.Linear(dim, (1 + self.gates) * inner, bias=False)
+        self.out = nn.Linear(inner, dim, bias=False) if inner != dim else nn.Identity()
+
+    def weights(self, *gates: Tensor) -> tuple[Tensor, Tensor]:
+        """(log of what is kept, what is taken in), [B, T, E] each, from the gates' pre-activations."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, state: MinGRUState | None = None, span: Span | None = None) -> tuple[Tensor, MinGRUState]:
+        seen = state.seen if state else torch.zeros(len(x), dtype=torch.long, device=x.device)
+        u, *gates = self.to_hidden_gates(x).to(accumulate_dtype(x)).chunk(1 + self.gates, -1)  # [B, T, E]
+        log_keep, take = self.weights(*gates)
+        candidate = g(u) if self.form == "log" else u
+        h, hidden = scan(log_keep, take * candidate, state and state.hidden, span, self.backend)
+        return self.out(h.to(x.dtype)), MinGRUState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, hidden=hidden)
+
+
+@system(
+    "mingru", kind="mixer", paper="arXiv:2410.01201", year=2024, name="minGRU", aliases=("mingru-minlstm",),
+    state="E", parity="minGRU-pytorch minGRU", claim="Three layers solve selective copying, one does not.",
+)  # fmt: skip
+class MinGRU(MinRNN):
     """x [B, T, dim] -> y [B, T, dim]; the state is one vector of E = int(dim * expansion) numbers.
 
         h_t = (1 - z_t) h_{t-1} + z_t g(W_h x_t)        z = sigmoid(W_z x)        y = W_o h, or h where expansion is 1
@@ -47,16 +78,7 @@ class MinGRU(Mixer):
     log(1 - z) = logsigmoid(-W_z x) the recurrence is linear and is run as such, which loses no digits and bears an h of either sign.
     """
 
-    def __init__(self, dim: int, expansion: float = 1.5, form: str = "log", backend: str = "auto"):
-        super().__init__()
-        inner = inner_size(dim, expansion, form)
-        self.form, self.backend = form, backend
-        self.to_hidden_gate = nn.Linear(dim, 2 * inner, bias=False)
-        self.out = nn.Linear(inner, dim, bias=False) if inner != dim else nn.Identity()
+    gates = 1
 
-    def forward(self, x: Tensor, state: MinGRUState | None = None, span: Span | None = None) -> tuple[Tensor, MinGRUState]:
-        seen = state.seen if state else torch.zeros(len(x), dtype=torch.long, device=x.device)
-        u, k = self.to_hidden_gate(x).to(accumulate_dtype(x)).chunk(2, -1)  # [B, T, E]
-        candidate = g(u) if self.form == "log" else u
-        h, hidden = scan(F.logsigmoid(-k), k.sigmoid() * candidate, state and state.hidden, span, self.backend)
-        return self.out(h.to(x.dtype)), MinGRUState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, hidden=hidden)
+    def weights(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        return F.logsigmoid(-k), k.sigmoid()

@@ -50,8 +50,8 @@ def parse_layers(layers: Layers) -> list[dict[str, Any]]:
 class ModelConfig:
     """A Decoder as data.
 
-    vocab: number of token ids. dim: model width. layers: see `parse_layers`; a spec's own hyper-parameters go to its mixer, and `ffn` in a
-    spec overrides the model's. repeat: times the list is stacked. ffn: hidden width of the gated feed-forward as a multiple of dim, 0 for
+    vocab: number of token ids. dim: model width. layers: see `parse_layers`; a spec's own hyper-parameters go to its mixer, which is also
+    told its `layer` (1 at the bottom) and the number of `layers` if it takes them, and `ffn` in a spec overrides the model's. repeat: times the list is stacked. ffn: hidden width of the gated feed-forward as a multiple of dim, 0 for
     none. tie: the head is the embedding transposed. embedding_std: of the fresh embedding; 1 with tie=False puts it on the scale of the
     hidden states, which a memory that is read in the embedding's place needs from the start.
     """
@@ -82,11 +82,14 @@ class DecoderState(State):
 class Block(nn.Module):
     """h <- h + mixer(norm(h)); h <- h + ffn(norm(h))."""
 
-    def __init__(self, dim: int, spec: dict[str, Any], ffn: float, eps: float):
+    def __init__(self, dim: int, spec: dict[str, Any], ffn: float, eps: float, layer: int, layers: int):
         super().__init__()
         spec = dict(spec)
         slug, ffn = spec.pop("mixer"), spec.pop("ffn", ffn)
-        self.mixer = find(slug, ("mixer",)).builder(dim=dim, **spec)
+        builder = find(slug, ("mixer",)).builder
+        takes = inspect.signature(builder).parameters
+        place = {name: value for name, value in (("layer", layer), ("layers", layers)) if name in takes}  # some start by their depth
+        self.mixer = builder(dim=dim, **(place | spec))
         self.norm = RMSNorm(dim, eps)
         hidden = int(dim * ffn)
         self.ffn_norm, self.ffn = (RMSNorm(dim, eps), GatedFFN(dim, hidden)) if hidden else (None, None)
@@ -115,7 +118,9 @@ class Decoder(Model):
         self.vocab, self.dim = config.vocab, config.dim
         self.embedding = nn.Embedding(config.vocab, config.dim)
         specs = parse_layers(config.layers) * config.repeat
-        self.blocks = nn.ModuleList(Block(config.dim, spec, config.ffn, config.eps) for spec in specs)
+        self.blocks = nn.ModuleList(
+            Block(config.dim, spec, config.ffn, config.eps, layer, len(specs)) for layer, spec in enumerate(specs, start=1)
+        )
         self.norm = RMSNorm(config.dim, config.eps)
         self.unembedding = nn.Linear(config.dim, config.vocab, bias=False)
         self._init_weights(len(specs), config.embedding_std)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..evaluate.plots import _save
+from ..evaluate.plots import save_figure
 from ..files import write_text
 
 Row = dict[str, Any]
@@ -38,4 +38,4 @@ def plot(path: Path, curves: dict[str, list[tuple[float, float]]], x: str, y: st
             decorate(axes)
         axes.legend()
 
-    _save(path, draw)
+    save_figure(path, draw)

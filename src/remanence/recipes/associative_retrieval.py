@@ -52,7 +52,7 @@ def build(slug: str, seed: int) -> Model:
     """The model of a memory: rmt and armt with states of equal size, other segment memories and mixers with their own defaults."""
     torch.manual_seed(seed)
     entry = find(slug, ("segment-memory", "mixer"))
-    if entry.kind == "mixer":
+    if "mixer" in entry.kinds:
         return Decoder(ModelConfig(vocab=VOCAB_SIZE, dim=DIM, layers=f"{LAYERS} x {entry.slug}"))
     floats = armt_floats(DIM, LAYERS, ARMT_KEY_DIM, NU)
     hyper: dict[str, dict[str, Any]] = {

@@ -57,7 +57,7 @@ def build(slug: str, vocab: int, seed: int, fast: bool) -> Model:
     mixer = "attention" if entry.kind == "segment-memory" else entry.slug
     spec: dict[str, Any] = {"mixer": mixer, "times": layers} | ({"window": LENGTH} if entry.slug == "attention" else {})
     decoder = Decoder(ModelConfig(vocab=vocab, dim=dim, layers=[spec]))
-    return decoder if entry.kind == "mixer" else entry.builder(decoder, segment=LENGTH)
+    return decoder if "mixer" in entry.kinds else entry.builder(decoder, segment=LENGTH)
 
 
 def nll_by_token(model: Model, ids: Tensor, window: int, carry: bool, rows: int = 16) -> Tensor:
