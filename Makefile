@@ -26,7 +26,7 @@ gpu: $(DEV)
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(DEV)
-	$(BIN)/remanence bench speed --json results/speed.json
+	$(BIN)/remanence bench speed --lengths 512,2048,8192 --json results/speed.json --plot results/speed.png
 
 quickstart: $(CORE)
 	$(BIN)/remanence train quickstart --out runs/quickstart

@@ -110,7 +110,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("what", choices=["speed"])
     sub.add_argument("--mixers", metavar="A,B", help="slugs (default: all mixers)")
     sub.add_argument("--lengths", default="2048", help="tokens, e.g. 512,2048")
-    sub.add_argument("--json", metavar="FILE")
+    sub.add_argument("--repeats", type=_positive, default=5, help="rounds, of which the median counts (default: 5)")
+    sub.add_argument("--json", metavar="FILE", help="write rows after each mixer, and continue such a file")
+    sub.add_argument("--plot", metavar="FILE", help="a figure of the longest of the lengths up to 2048")
 
     sub = command("doctor", _doctor, "versions, devices, which form of each rule runs and why, optional packages, the shipped checkpoint")
     sub.add_argument("--json", action="store_true")
@@ -258,14 +260,16 @@ def _bench(args: argparse.Namespace) -> None:
     names = [name.strip() for name in args.mixers.split(",")] if args.mixers else [entry.slug for entry in catalog("mixer")]
     mixers = [find(name, ("mixer",)).slug for name in names]
     lengths = parse_lengths(args.lengths)
-    if args.json:
-        _check_target(args.json)
+    for target in filter(None, (args.json, args.plot)):
+        _check_target(target)
     from .evaluate import speed
 
-    rows = speed.speed(mixers, lengths)
-    if args.json:
-        speed.write_json(args.json, rows, speed.meta(mixers=mixers, lengths=lengths))
+    rows = speed.speed_to_file(args.json, mixers, lengths, repeats=args.repeats)
     speed.print_table(rows)
+    if args.plot:
+        from .evaluate.plots import speed as plot
+
+        plot(rows, args.plot, max([length for length in lengths if length <= 2048] or [min(lengths)]))
 
 
 def _doctor(args: argparse.Namespace) -> None:

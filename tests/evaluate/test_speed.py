@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from remanence.catalog import catalog
 from remanence.errors import UsageError
@@ -13,7 +14,7 @@ from remanence.evaluate import speed as module
 from remanence.evaluate.speed import meta, print_table, speed, write_json
 
 SMALL = {"lengths": [8], "dim": 64, "heads": 2, "repeats": 1}
-KEYS = {"mixer", "length", "pass", "tokens_per_s", "peer", "peer_tokens_per_s", "ratio_to_peer", "ratio_to_floor"}
+KEYS = {"mixer", "length", "pass", "tokens_per_s", "peer", "peer_tokens_per_s", "ratio_to_peer", "ratio_to_floor", "state_bytes"}
 
 
 def test_every_mixer_has_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,15 +25,16 @@ def test_every_mixer_has_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         assert row.keys() == KEYS and row["length"] == 8
         assert row["tokens_per_s"] > 0 and row["ratio_to_floor"] > 0
         assert row["peer"] is row["peer_tokens_per_s"] is row["ratio_to_peer"] is None
+        assert (row["state_bytes"] is not None) == (row["pass"] in module.DECODE)
     print_table(rows)
     assert "linear-attention" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("slug", sorted(module.PEERS))
+@pytest.mark.parametrize("slug", sorted({entry.slug for entry in catalog("mixer")} & set(module.PEERS)))
 def test_peers(slug: str) -> None:
     """Every peer runs, and the ratio is that of the two rates."""
     pytest.importorskip({"minGRU-pytorch": "minGRU_pytorch"}.get(module.PEERS[slug][0], module.PEERS[slug][0]), reason="the peer's package")
-    for row in speed([slug], **SMALL):
+    for row in speed([slug], passes=["forward", "forward+backward"], **SMALL):
         assert row["peer"].startswith(module.PEERS[slug][0]) and "not installed" not in row["peer"]
         assert row["ratio_to_peer"] == row["tokens_per_s"] / row["peer_tokens_per_s"]
 
@@ -45,6 +47,29 @@ def test_a_missing_peer_is_null(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = speed(["mamba2"], passes=["forward"], **SMALL)
     assert row["peer"] == "transformers (not installed)"
     assert row["peer_tokens_per_s"] is row["ratio_to_peer"] is None
+
+
+def test_a_layer_that_is_too_slow_is_timed_once_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return x * 1
+
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    assert set(module.take_turns({"slow": slow}, torch.zeros(1, 4, 8), False, 5)) == {"slow"} and len(calls) == 1
+    assert module.take_turns({"slow": module._up_to(3, slow)}, torch.zeros(1, 4, 8), False, 5) == {} and len(calls) == 1
+
+
+def test_a_file_is_continued(tmp_path: Path) -> None:
+    file = tmp_path / "speed.json"
+    first = module.speed_to_file(file, ["mingru"], [8], repeats=1)
+    both = module.speed_to_file(file, ["mingru", "minlstm"], [8], repeats=1)
+    assert both[: len(first)] == first and {row["mixer"] for row in both} == {"mingru", "minlstm"}
+    assert json.loads(file.read_text())["rows"] == both
+    file.write_text("[]")
+    with pytest.raises(UsageError, match="not a file of speed rows"):
+        module.speed_to_file(file, ["mingru"], [8])
 
 
 def test_json(tmp_path: Path) -> None:

@@ -140,6 +140,26 @@ def _ticks(axes: Axes, at: Sequence[float], labels: Sequence[str]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
+def speed(rows: Sequence[Row], path: str | Path, length: int, title: str = "") -> None:
+    """Forward and backward at one length: a bar for each mixer, a mark for its peer, in units of the floor of two linear layers."""
+    chosen = [row for row in rows if row["length"] == length and row["pass"] == "forward+backward"]
+    chosen.sort(key=lambda row: row["ratio_to_floor"])
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.barh([row["mixer"] for row in chosen], [row["ratio_to_floor"] for row in chosen], color=BLUE, label="ours")
+        peered = [(row["ratio_to_floor"] / row["ratio_to_peer"], row["mixer"]) for row in chosen if row["ratio_to_peer"]]
+        if peered:
+            axes.plot(*zip(*peered), "D", color=ORANGE, label="best CPU peer")
+        axes.axvline(1, color=GREY, lw=1, ls=":")
+        axes.grid(axis="y", visible=False)
+        axes.legend(loc="lower right")
+        unit = "tokens/s as a multiple of two linear layers (6 dim^2)"
+        axes.set(xscale="log", xlabel=unit, title=title or f"Forward and backward, T = {length:,}")
+
+    save_figure(path, draw, width=8, height=1.4 + 0.22 * max(len(chosen), 4))
+
+
 def save_figure(path: str | Path, draw: Any, width: float = 7.0, height: float = 4.0) -> None:
     """Draw into a figure of its own, without pyplot, and write it whole or not at all."""
     from matplotlib import rc_context

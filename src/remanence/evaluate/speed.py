@@ -22,7 +22,11 @@ from ..files import write_text
 from ..mixers import Mixer
 from ..train.environment import environment
 
-PASSES = ("forward", "forward+backward")
+DECODE = {"decode B=1": 1, "decode B=16": 16}
+"""Passes of one token at a time, and the number of rows that each reads side by side."""
+PASSES = ("forward", "forward+backward", *DECODE)
+PATIENCE = 3.0
+"""Seconds: a layer whose pass takes longer is timed once, not `repeats` times."""
 
 Row = dict[str, Any]
 Layer = Callable[[Tensor], Tensor]
@@ -100,13 +104,59 @@ def _minlstm(mixer: Any) -> dict[str, Layer]:
     return {"minLSTM": minLSTM(mixer.config["dim"], mixer.config["expansion"])}
 
 
+def _mamba(mixer: Any) -> dict[str, Layer]:
+    from transformers.models.mamba.configuration_mamba import MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    hyper = mixer.config
+    config = MambaConfig(hidden_size=hyper["dim"], state_size=hyper["state_size"], expand=hyper["expand"])
+    return {"MambaMixer, slow path": _up_to(2048, MambaMixer(config, 0))}
+
+
+def _rwkv4(mixer: Any) -> dict[str, Layer]:
+    from transformers.models.rwkv.configuration_rwkv import RwkvConfig
+    from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
+
+    layer = RwkvSelfAttention(RwkvConfig(hidden_size=mixer.config["dim"], attention_hidden_size=mixer.config["dim"]), 0)
+    return {"RwkvSelfAttention": _up_to(2048, lambda x: layer(x)[0])}
+
+
+def _xlstm(mixer: Any) -> dict[str, Layer]:
+    from xlstm.xlstm_large.model import mLSTMBackendConfig, mLSTMLayer, mLSTMLayerConfig  # type: ignore[import-not-found]
+
+    layers = {}
+    for size in (64, 128):
+        kernel = {"chunkwise_kernel": "chunkwise--native_custbw", "chunk_size": size, "autocast_kernel_dtype": "float32"}
+        backend = mLSTMBackendConfig(**kernel, mode="train")  # states too, as ours
+        config = mLSTMLayerConfig(embedding_dim=mixer.config["dim"], num_heads=mixer.config["heads"], mlstm_backend=backend)
+        layer = mLSTMLayer(config)
+        layers[f"mLSTMLayer, chunk {size}"] = lambda x, layer=layer: layer(x)[0]
+    return layers
+
+
+def _rnn(mixer: Any) -> dict[str, Layer]:
+    kind = {"lstm": nn.LSTM, "gru": nn.GRU, "elman": nn.RNN}[mixer.config["cell"]]
+    layer = kind(mixer.config["dim"], mixer.config["dim"], batch_first=True)
+    return {f"nn.{kind.__name__}": lambda x: layer(x)[0]}
+
+
+def _up_to(longest: int, layer: Layer) -> Layer:
+    """A layer that would take minutes beyond `longest` tokens, and is not asked for more."""
+    layer.longest = longest  # type: ignore[attr-defined]
+    return layer
+
+
 PEERS: dict[str, tuple[str, Callable[[Any], dict[str, Layer]]]] = {
     "attention": ("transformers", _llama),
+    "flashrnn": ("torch", _rnn),
     "gated-deltanet": ("transformers", _qwen3_next),
     "griffin": ("transformers", _recurrent_gemma),
+    "mamba": ("transformers", _mamba),
     "mamba2": ("transformers", _mamba2),
     "mingru": ("minGRU-pytorch", _mingru),
     "minlstm": ("minGRU-pytorch", _minlstm),
+    "mlstm-7b": ("xlstm", _xlstm),
+    "rwkv4": ("transformers", _rwkv4),
 }
 """slug -> (distribution, factory of layers of our mixer's sizes). Of several layers the fastest is the peer. All run their torch code."""
 
@@ -128,9 +178,10 @@ def floor(dim: int) -> nn.Module:
 
 
 def build(slug: str, dim: int, heads: int) -> Mixer:
-    """A mixer at its defaults, with `heads` if it has such a thing."""
+    """A mixer at its defaults, with `heads` if it has such a thing; nonlinear cells get one head, as their peers have."""
     entry = find(slug, ("mixer",))
-    hyper = {"heads": heads} if "heads" in inspect.signature(entry.builder.__init__).parameters else {}
+    takes = inspect.signature(entry.builder.__init__).parameters
+    hyper = {"heads": 1 if "cell" in takes else heads} if "heads" in takes else {}
     return entry.builder(dim=dim, **hyper)
 
 
@@ -149,14 +200,39 @@ def seconds(layer: Layer, x: Tensor, backward: bool) -> float:
 
 
 def take_turns(layers: dict[str, Layer], x: Tensor, backward: bool, repeats: int) -> dict[str, float]:
-    """Median tokens per second of each layer over `repeats` rounds, after one round that warms up."""
+    """Median tokens per second of each layer over `repeats` rounds, after one round that warms up (and counts if it took PATIENCE)."""
     times: dict[str, list[float]] = {name: [] for name in layers}
+    patient = {name: layer for name, layer in layers.items() if x.shape[1] <= getattr(layer, "longest", x.shape[1])}
     for turn in range(repeats + 1):
-        for name, layer in layers.items():
+        for name, layer in list(patient.items()):
             spent = seconds(layer, x, backward)
-            if turn:
+            if turn or spent > PATIENCE:
                 times[name].append(spent)
-    return {name: x.shape[0] * x.shape[1] / statistics.median(spent) for name, spent in times.items()}
+            if spent > PATIENCE:
+                del patient[name]
+    return {name: x.shape[0] * x.shape[1] / statistics.median(spent) for name, spent in times.items() if spent}
+
+
+def take_steps(mixer: Mixer, bottom: nn.Module, length: int, batch: int, repeats: int, steps: int = 16) -> tuple[dict[str, float], int]:
+    """Median tokens per second, one token at a time after `length` of them, of the mixer and of the floor; and bytes of state a row."""
+    x = torch.randn(batch, length, mixer.config["dim"])
+    times: dict[str, list[float]] = {"ours": [], "floor": []}
+    with torch.no_grad():
+        _, start = mixer(x[:1])
+        size = start.nbytes
+        start = start.rows([0] * batch)
+        for turn in range(repeats + 1):
+            state: Any = start
+            begin = time.perf_counter()
+            for t in range(steps):
+                _, state = mixer(x[:, t % length, None], state)
+            middle = time.perf_counter()
+            for t in range(steps):
+                bottom(x[:, t % length, None])
+            if turn:
+                times["ours"].append(middle - begin)
+                times["floor"].append(time.perf_counter() - middle)
+    return {name: batch * steps / statistics.median(spent) for name, spent in times.items()}, size
 
 
 def speed(
@@ -168,10 +244,12 @@ def speed(
     repeats: int = 5,
     passes: Sequence[str] = PASSES,
 ) -> list[Row]:
-    """Rows {mixer, length, pass, tokens_per_s, peer, peer_tokens_per_s, ratio_to_peer, ratio_to_floor}, fp32, for `mixers` (default: all).
+    """Rows {mixer, length, pass, tokens_per_s, peer, peer_tokens_per_s, ratio_to_peer, ratio_to_floor, state_bytes}, fp32.
 
-    A ratio above 1 means that ours is faster. A peer that is not installed is null in numbers and says so in its name; a mixer without a
-    peer has null there. Raises UnknownName on an unknown slug or pass, UsageError on a length or count that is not >= 1.
+    mixers: default, all. A ratio above 1 means that ours is faster. A peer that is not installed, or too slow for the length, is null in
+    numbers and its name says so; a mixer without a peer has null there, as has decoding, for which the peers' caches differ too much.
+    state_bytes: of one row after `length` tokens, in the rows of decoding. Raises UnknownName on an unknown slug or pass, UsageError on a
+    length or count that is not >= 1.
     """
     positive(dim=dim, heads=heads, batch=batch, repeats=repeats, **{f"lengths[{i}]": length for i, length in enumerate(lengths)})
     for name in passes:
@@ -180,27 +258,39 @@ def speed(
     slugs = [entry.slug for entry in catalog("mixer")] if mixers is None else list(mixers)
     if not slugs or not lengths or not passes:
         raise UsageError("mixers, lengths or passes is empty; each needs at least one item.")
+    return [row for slug in slugs for row in rows_of(build(slug, dim, heads), lengths, batch, repeats, passes)]
+
+
+def rows_of(ours: Mixer, lengths: Sequence[int], batch: int, repeats: int, passes: Sequence[str]) -> list[Row]:
+    """The rows of one mixer; see `speed`."""
+    dim = ours.config["dim"]
+    bottom = floor(dim)
+    source, theirs = peers(ours)
+    layers: dict[str, Layer] = {"ours": lambda x: ours(x)[0], "floor": bottom, **theirs}
     rows = []
-    for ours in [build(slug, dim, heads) for slug in slugs]:
-        source, theirs = peers(ours)
-        layers: dict[str, Layer] = {"ours": lambda x, ours=ours: ours(x)[0], "floor": floor(dim), **theirs}
-        for length in lengths:
-            x = torch.randn(batch, length, dim)
-            for name in passes:
-                rate = take_turns(layers, x, name == "forward+backward", repeats)
-                best = max(theirs, key=rate.__getitem__) if theirs else None
-                rows.append(
-                    {
-                        "mixer": ours.slug,
-                        "length": length,
-                        "pass": name,
-                        "tokens_per_s": rate["ours"],
-                        "peer": f"{source} {best}" if best else source and f"{source} (not installed)",
-                        "peer_tokens_per_s": rate[best] if best else None,
-                        "ratio_to_peer": rate["ours"] / rate[best] if best else None,
-                        "ratio_to_floor": rate["ours"] / rate["floor"],
-                    }
-                )
+    for length in lengths:
+        for name in passes:
+            label, best, size = None, None, None
+            if name in DECODE:
+                rate, size = take_steps(ours.eval(), bottom, length, DECODE[name], repeats)
+            else:
+                rate = take_turns(layers, torch.randn(batch, length, dim), name == "forward+backward", repeats)
+                timed = [layer for layer in theirs if layer in rate]
+                best = max(timed, key=rate.__getitem__) if timed else None
+                label = f"{source} {best}" if best else source and f"{source} ({'too slow' if theirs else 'not installed'})"
+            rows.append(
+                {
+                    "mixer": ours.slug,
+                    "length": length,
+                    "pass": name,
+                    "tokens_per_s": rate["ours"],
+                    "peer": label,
+                    "peer_tokens_per_s": rate[best] if best else None,
+                    "ratio_to_peer": rate["ours"] / rate[best] if best else None,
+                    "ratio_to_floor": rate["ours"] / rate["floor"],
+                    "state_bytes": size,
+                }
+            )
     return rows
 
 
@@ -220,13 +310,31 @@ def write_json(path: str | Path, rows: Sequence[Row], meta: Row) -> None:
     write_text(path, json.dumps({"rows": list(rows), "meta": meta}, indent=2) + "\n")
 
 
+def speed_to_file(path: str | Path | None, mixers: Sequence[str], lengths: Sequence[int], repeats: int = 5) -> list[Row]:
+    """As `speed`, with the rows written to `path` after every mixer; what the file already holds is not measured again."""
+    rows: list[Row] = []
+    if path and Path(path).is_file():
+        try:
+            rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is not a file of speed rows ({type(error).__name__}: {error}); name another or remove it.") from error
+    for slug in mixers:
+        known = {row["length"] for row in rows if row["mixer"] == slug}
+        missing = [length for length in lengths if length not in known]
+        if missing:
+            rows += speed([slug], missing, repeats=repeats)
+            if path:
+                write_json(path, rows, meta(lengths=list(lengths), dim=256, heads=4, batch=1, dtype="float32", repeats=repeats))
+    return rows
+
+
 def print_table(rows: Sequence[Row]) -> None:
     """The rows on the terminal."""
 
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    table = Table("mixer", "length", "pass", "tokens/s", "peer", "peer tokens/s", "x peer", "x floor")
+    table = Table("mixer", "length", "pass", "tokens/s", "peer", "peer tokens/s", "x peer", "x floor", "state bytes")
     for row in rows:
         table.add_row(
             row["mixer"],
@@ -237,6 +345,7 @@ def print_table(rows: Sequence[Row]) -> None:
             number(row["peer_tokens_per_s"], ",.0f"),
             number(row["ratio_to_peer"], ".2f"),
             number(row["ratio_to_floor"], ".2f"),
+            number(row["state_bytes"], ","),
         )
     console = Console()
     if not console.is_terminal:
