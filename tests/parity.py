@@ -1,6 +1,6 @@
 """Agreement with code that others published: asserted like any other comparison, and written down for the catalog page.
 
-`REMANENCE_PARITY=results/parity.json pytest -k parity` records what each comparison measured; without it nothing is written.
+`REMANENCE_PARITY=results/parity/parity.json pytest -k parity` records what each comparison measured; without it nothing is written.
 """
 
 from __future__ import annotations
@@ -23,4 +23,5 @@ def assert_parity(slug: str, source: str, got: Tensor, want: Tensor, tol: float 
         known = json.loads(file.read_text()) if file.exists() else {}
         known.setdefault(slug, {})
         known[slug][source] = max(error, known[slug].get(source, 0.0))
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")

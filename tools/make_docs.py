@@ -15,17 +15,28 @@ from remanence.catalog import Entry
 
 ROOT = Path(__file__).resolve().parent.parent
 ABOUT = {
-    "associative-retrieval": "`remanence train associative-retrieval`: exact match by number of pairs; both trained on at most 5 pairs, 3,200 steps "
-    "of 64 sequences, states of equal size.",
-    "babilong": "QA1 of the shipped model, facts over the whole context, *Moby-Dick* as the haystack. memory off: the same model, fresh state, "
-    "the last 512 tokens. `remanence eval babilong --lengths 0,1k,4k,16k,1M --samples 32 --batch 8`: eight streams at a time, on a machine that "
-    "was doing other work; the cost of one stream is under `cost`.",
-    "cost": "One stream read by the shipped model on a quiet machine; what counts is seconds per 1,000 tokens and peak memory, not the single "
-    "answer. `remanence eval babilong --lengths 16k,64k,256k,1M --samples 1 --batch 1 --window 0 --json results/cost.json`.",
-    "quickstart-fast": "`remanence train quickstart --fast`: QA1 in the book that training never saw, facts over the whole context, after 7 "
-    "minutes of training on two cores.",
-    "speed": "`remanence bench speed`: width 256, 4 heads, batch 1, float32, one process, ours and the peer taking turns, medians. Ratios "
-    "above 1: ours is faster.",
+    "associative-retrieval": (
+        "`remanence train associative-retrieval`: exact match by number of pairs; both trained on at most 5 pairs, 3,200 steps "
+        "of 64 sequences, states of equal size."
+    ),
+    "babilong": (
+        "QA1 of the shipped model, facts over the whole context, *Moby-Dick* as the haystack. memory off: the same model, fresh "
+        "state, the last 512 tokens. `remanence eval babilong --lengths 0,1k,4k,16k,1M --samples 32 --batch 8`: eight streams "
+        "at a time, on a machine that was doing other work; the cost of one stream is under `cost`."
+    ),
+    "cost": (
+        "One stream read by the shipped model on a quiet machine; what counts is seconds per 1,000 tokens and peak memory, not "
+        "the single answer. `remanence eval babilong --lengths 16k,64k,256k,1M --samples 1 --batch 1 --window 0 --json "
+        "results/cost.json`."
+    ),
+    "quickstart-fast": (
+        "`remanence train quickstart --fast`: QA1 in the book that training never saw, facts over the whole context, after 7 "
+        "minutes of training on two cores."
+    ),
+    "speed": (
+        "`remanence bench speed`: width 256, 4 heads, batch 1, float32, one process, ours and the peer taking turns, medians. "
+        "Ratios above 1: ours is faster."
+    ),
 }
 """What each file of results/ is and the command that makes it."""
 BEGIN, END = "<!-- catalog: made by `make docs` -->", "<!-- end of catalog -->"
@@ -49,34 +60,54 @@ def summary_table() -> str:
     return "\n".join(lines)
 
 
-def state_size(entry: Entry) -> str:
+def measured_state(entry: Entry) -> str:
     """Bytes of a mixer's state at width 256 after 512 and 4096 tokens, measured: equal if it is constant."""
     import torch
 
     mixer = rm.mixer(entry.slug, dim=256)
     with torch.no_grad():
         sizes = [mixer(torch.zeros(1, n, 256))[1].nbytes for n in (512, 4096)]
-    return f"{sizes[0]:,}" if sizes[0] == sizes[1] else f"{sizes[0]:,} at 512 tokens, {sizes[1]:,} at 4096"
+    return f"{sizes[0]:,} bytes" if sizes[0] == sizes[1] else f"{sizes[0]:,} bytes after 512 tokens, {sizes[1]:,} after 4096"
+
+
+def parity_of(entry: Entry, measured: dict[str, dict[str, float]]) -> str:
+    """What a system is checked against, with the error that the comparison showed where it was written down."""
+    found = [f"{source}, relative error {error:.0e}" for source, error in sorted(measured.get(entry.slug, {}).items())]
+    return "; ".join([entry.parity] * bool(entry.parity) + [f"measured: {', '.join(found)}"] * bool(found))
 
 
 def catalog_page() -> str:
+    recorded = ROOT / "results" / "parity" / "parity.json"
+    measured = json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else {}
     parts = [
         "# Catalog",
         "",
-        "Made by `make docs` from the register that `remanence list` reads. Every mixer, segment memory and model here passes the laws of",
-        "tests/laws, but for the exemptions named.",
+        "Made by `make docs` from the register that `remanence list` reads. Every mixer, segment memory and model here passes the laws",
+        "of tests/laws, but for the exemptions named: any cut of a sequence, states as values, padding and packing, and agreement of the",
+        "forms (naive, step and chunk where there is a `backend` to choose; one for any length otherwise). State sizes are those of one row.",
     ]
     for kind in kinds():
         parts += ["", f"## {kind}", ""]
         for entry in [entry for entry in rm.catalog(kind) if entry.kind == kind]:
             parts += [f"### `{entry.slug}`: {entry.name}", "", f"{arxiv(entry.paper)}, {entry.year}.", ""]
             parts += ["```text", inspect.getdoc(entry.builder) or "", "```"]
+            facts = []
             if entry.aliases:
-                parts += ["", f"Also called {', '.join(f'`{alias}`' for alias in entry.aliases)}."]
+                facts.append(f"Also called {', '.join(f'`{alias}`' for alias in entry.aliases)}.")
             if "mixer" in entry.kinds:
-                parts += ["", f"State at width 256 with default settings, float32, one row: {state_size(entry)} bytes."]
-            for law, reason in entry.exempt.items():
-                parts += ["", f"Exempt from the law `{law}`: {reason}"]
+                formula = f"{entry.state} numbers; " if entry.state else ""
+                facts.append(f"State: {formula}{measured_state(entry)} at width 256 with default settings, float32.")
+                forms = "naive, step, chunk" if "backend" in inspect.signature(entry.builder).parameters else "one, for any length"
+                facts.append(f"Forms: {forms}.")
+            if parity := parity_of(entry, measured):
+                facts.append(f"Parity: {parity}.")
+            if entry.claim:
+                facts.append(f"Claim: {entry.claim.rstrip('.')}.")
+            if entry.recipe:
+                names = [name.strip() for name in entry.recipe.split(",")]
+                facts.append(f"Measured: {', '.join(f'[{name}](results.md#{name})' for name in names)}.")
+            facts += [f"Exempt from the law `{law}`: {reason}" for law, reason in entry.exempt.items()]
+            parts += ["", *[f"- {fact}" for fact in facts], ""] if facts else [""]
     return "\n".join(parts) + "\n"
 
 

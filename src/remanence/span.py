@@ -89,6 +89,11 @@ def positions(seen: Tensor, length: int, span: Span | None) -> Tensor:
     return count - start
 
 
+def advance(seen: Tensor, length: int, span: Span | None) -> Tensor:
+    """`seen` [B] after `length` more positions: what a state that counts its tokens holds next."""
+    return seen + length if span is None else positions(seen, length, span)[:, -1] + 1
+
+
 def documents(span: Span | None) -> Tensor | None:
     """Index of the document of every token of the call, [B, T]: 0 continues the state given. None if there is no reset."""
     return None if span is None or span.reset is None else span.reset.cumsum(1)

@@ -157,11 +157,11 @@ class State:
     @property
     def batch(self) -> int:
         """Number of rows."""
-        return self.tensors()[0].shape[0]
+        return next(self.named_tensors())[1].shape[0]
 
     @property
     def device(self) -> torch.device:
-        return self.tensors()[0].device
+        return next(self.named_tensors())[1].device
 
     def detach(self) -> Self:
         """The same values, cut from the graph that made them."""

@@ -55,7 +55,11 @@ def rotate(x: Tensor, position: Tensor, theta: float, dims: int) -> Tensor:
     return torch.cat([_Rotate.apply(x[..., :dims], cos, sin), x[..., dims:]], -1)  # type: ignore[list-item]
 
 
-@system("attention", kind="mixer", paper="arXiv:1706.03762", year=2017, name="Attention (GQA, RoPE, window, sinks)")
+@system(
+    "attention", kind="mixer", paper="arXiv:1706.03762", year=2017, name="Attention (GQA, RoPE, window, sinks)",
+    state="2 T G D, or 2 (window - 1 + sinks) G D with a window", parity="transformers LlamaAttention",
+    claim="Recall is perfect while the state grows with the text",
+)  # fmt: skip
 class Attention(Mixer):
     """x [B, T, dim] -> y [B, T, dim]; o_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j over j <= i, then W_o.
 

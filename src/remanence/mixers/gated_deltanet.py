@@ -10,7 +10,7 @@ from ..catalog import system
 from ..errors import UsageError
 from ..ops.backend import accumulate_dtype
 from ..ops.delta import delta
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import RMSNorm, ShortConv, dt_bias_init, l2_normalize, no_decay
@@ -22,7 +22,11 @@ class GatedDeltaNetState(State):
     conv: Tensor  # [B, W - 1, H (2K + V)], the last inputs of the short convolution
 
 
-@system("gated-deltanet", kind="mixer", paper="arXiv:2412.06464", year=2024, name="Gated DeltaNet")
+@system(
+    "gated-deltanet", kind="mixer", paper="arXiv:2412.06464", year=2024, name="Gated DeltaNet",
+    state="H K V + (W - 1) H (2 K + V)", parity="transformers Qwen3NextGatedDeltaNet",
+    claim="Overwrites and clears: recall in context with junk, where pure decay and pure delta each fail", recipe="mqar",
+)  # fmt: skip
 class GatedDeltaNet(Mixer):
     """x [B, T, dim] -> y [B, T, dim]; the state is H matrices of K x V, whatever the length.
 
@@ -57,7 +61,7 @@ class GatedDeltaNet(Mixer):
         self.value_dim = value_dim or self.key_dim
         self.write, self.beta_scale, self.backend = write, 2.0 if negative_eigenvalues else 1.0, backend
         inner_k, inner_v = heads * self.key_dim, heads * self.value_dim
-        self.sizes = [inner_k, inner_k, inner_v]
+        self.sizes = [2 * inner_k, inner_v]
         self.to_qkv = nn.Linear(dim, sum(self.sizes), bias=False)
         self.conv = ShortConv(sum(self.sizes), conv_width)
         self.to_beta = nn.Linear(dim, heads, bias=write == "hard")
@@ -74,8 +78,9 @@ class GatedDeltaNet(Mixer):
     def forward(self, x: Tensor, state: GatedDeltaNetState | None = None, span: Span | None = None) -> tuple[Tensor, GatedDeltaNetState]:
         seen = state.seen if state else torch.zeros(len(x), dtype=torch.long, device=x.device)
         qkv, conv = self.conv(self.to_qkv(x), state and state.conv, span)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in F.silu(qkv).split(self.sizes, -1))  # [B, T, H, K or V]
-        q, k = l2_normalize(q) * self.key_dim**-0.5, l2_normalize(k)
+        qk, v = (part.unflatten(-1, (-1, size)) for part, size in zip(F.silu(qkv).split(self.sizes, -1), (self.key_dim, self.value_dim)))
+        q, k = l2_normalize(qk).chunk(2, 2)  # [B, T, H, K]
+        q = q * self.key_dim**-0.5
         log_decay = None  # [B, T, H], <= 0
         if self.to_decay is not None:
             dtype = accumulate_dtype(x)
@@ -84,4 +89,4 @@ class GatedDeltaNet(Mixer):
         beta = (b.sigmoid() if self.write == "sigmoid" else b.clamp(0, 1)) * self.beta_scale  # [B, T, H]
         o, memory = delta(q, k, v, log_decay, beta, state and state.memory, span, self.backend)
         y = self.out((self.norm(o) * F.silu(self.to_gate(x)).unflatten(-1, (self.heads, -1))).flatten(2))
-        return y, GatedDeltaNetState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, memory=memory, conv=conv)
+        return y, GatedDeltaNetState(seen=advance(seen, x.shape[1], span), memory=memory, conv=conv)

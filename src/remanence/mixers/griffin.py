@@ -58,7 +58,11 @@ def lambda_init(size: int, init: str) -> Tensor:
     return torch.expm1(-log_keep).log()
 
 
-@system("griffin", kind="mixer", paper="arXiv:2402.19427", year=2024, name="Griffin (RG-LRU recurrent block)")
+@system(
+    "griffin", kind="mixer", paper="arXiv:2402.19427", year=2024, name="Griffin (RG-LRU recurrent block)",
+    state="E + (W - 1) E", parity="transformers RecurrentGemmaRecurrentBlock",
+    claim="Extrapolates to longer sequences than a Transformer on induction and selective copying",
+)  # fmt: skip
 class Griffin(Mixer):
     """x [B, T, dim] -> y [B, T, dim]; the state is one vector of R = width numbers and the tail of a convolution.
 

@@ -10,7 +10,7 @@ from ..catalog import system
 from ..errors import UsageError, divides
 from ..ops.backend import accumulate_dtype
 from ..ops.outer import outer
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 
@@ -21,7 +21,11 @@ class LinearAttentionState(State):
     normalizer: Tensor  # [B, H, D] float32, the sum of phi(k)
 
 
-@system("linear-attention", kind="mixer", paper="arXiv:2006.16236", year=2020, name="Linear attention")
+@system(
+    "linear-attention", kind="mixer", paper="arXiv:2006.16236", year=2020, name="Linear attention",
+    state="H K (V + 1)", parity="the equation in a loop",
+    claim="Recall is bounded by the size of the state",
+)  # fmt: skip
 class LinearAttention(Mixer):
     """x [B, T, dim] -> y [B, T, dim]; the state is H matrices of D x D and H vectors, D = dim // heads, whatever the length.
 
@@ -52,5 +56,5 @@ class LinearAttention(Mixer):
         initial = torch.cat([state.memory, state.normalizer[..., None]], -1) if state else None
         o, memory = outer(self.phi(q), self.phi(k), v, None, initial, span, self.backend)
         o = (o[..., :-1] / o[..., -1:].clamp(min=1e-6)).to(x.dtype)
-        seen = positions(seen, x.shape[1], span)[:, -1] + 1
+        seen = advance(seen, x.shape[1], span)
         return self.out(o.flatten(2)), LinearAttentionState(seen=seen, memory=memory[..., :-1], normalizer=memory[..., -1])

@@ -10,7 +10,7 @@ from ..catalog import system
 from ..errors import divides
 from ..ops.backend import accumulate_dtype
 from ..ops.outer import outer
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import RMSNorm, ShortConv, dt_bias_init, no_decay
@@ -22,7 +22,11 @@ class Mamba2State(State):
     conv: Tensor  # [B, W - 1, E + 2 G N], the last inputs of the short convolution
 
 
-@system("mamba2", kind="mixer", paper="arXiv:2405.21060", year=2024, name="Mamba-2", example={"head_dim": 8, "state_size": 8})
+@system(
+    "mamba2", kind="mixer", paper="arXiv:2405.21060", year=2024, name="Mamba-2", example={"head_dim": 8, "state_size": 8},
+    state="H P N + (W - 1) (E + 2 G N)", parity="transformers Mamba2Mixer",
+    claim="Recall (MQAR) rises with the state size N", recipe="mqar",
+)  # fmt: skip
 class Mamba2(Mixer):
     """x [B, T, dim] -> y [B, T, dim]; the state is H matrices of N x P, whatever the length.
 
@@ -69,7 +73,7 @@ class Mamba2(Mixer):
         o, memory = outer(C, B, u * dt[..., None], -self.A_log.to(full).exp() * dt, state and state.memory, span, self.backend)
         o = torch.addcmul(o, u, self.D[:, None]).to(x.dtype).flatten(2) * F.silu(z)
         y = self.out(self._normalize(o))
-        return y, Mamba2State(seen=positions(seen, x.shape[1], span)[:, -1] + 1, memory=memory, conv=conv)
+        return y, Mamba2State(seen=advance(seen, x.shape[1], span), memory=memory, conv=conv)
 
     def _normalize(self, o: Tensor) -> Tensor:
         """RMSNorm over each group's share of the inner width."""

@@ -12,7 +12,7 @@ from ..catalog import system
 from ..errors import UsageError
 from ..ops.backend import accumulate_dtype
 from ..ops.scan import scan
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 
@@ -61,7 +61,7 @@ class MinRNN(Mixer):
         log_keep, take = self.weights(*gates)
         candidate = g(u) if self.form == "log" else u
         h, hidden = scan(log_keep, take * candidate, state and state.hidden, span, self.backend)
-        return self.out(h.to(x.dtype)), MinGRUState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, hidden=hidden)
+        return self.out(h.to(x.dtype)), MinGRUState(seen=advance(seen, x.shape[1], span), hidden=hidden)
 
 
 @system(

@@ -32,7 +32,11 @@ def _extend(past: Growing | Tensor, new: Tensor) -> Growing:
     return past.append(new) if isinstance(past, Growing) else Growing(torch.cat([past, new], 1))
 
 
-@system("relative-attention", kind="mixer", paper="arXiv:1901.02860", year=2019, name="Transformer-XL attention", example={"heads": 2})
+@system(
+    "relative-attention", kind="mixer", paper="arXiv:1901.02860", year=2019, name="Transformer-XL attention", example={"heads": 2},
+    state="T dim, bounded by the cache", parity="the equation in a loop",
+    claim="",
+)  # fmt: skip
 class RelativeAttention(Mixer):
     """x [B, T, dim] -> y [B, T, dim]; o_i = sum_j softmax_j(s_ij) v_j over j <= i, then W_o.
 

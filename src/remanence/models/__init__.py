@@ -1,5 +1,6 @@
 """Models: stacks of mixers described as data."""
 
+from . import based as _based  # noqa: F401 (registers them)
 from . import presets as _presets  # noqa: F401 (registers them)
 from .base import Model, Output, load
 from .decoder import Decoder, ModelConfig, parse_layers

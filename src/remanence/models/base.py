@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Model(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         raise NotImplementedError
 
-    @property
+    @functools.cached_property
     def header(self) -> tuple[str, str]:
         """What its states carry: (kind, configuration digest)."""
         return self.kind, config_digest(self.kind, self.config)

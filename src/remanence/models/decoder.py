@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..catalog import find
 from ..errors import UsageError, positive
 from ..mixers.parts import GatedFFN, RMSNorm
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Model
 
@@ -51,9 +51,10 @@ class ModelConfig:
     """A Decoder as data.
 
     vocab: number of token ids. dim: model width. layers: see `parse_layers`; a spec's own hyper-parameters go to its mixer, which is also
-    told its `layer` (1 at the bottom) and the number of `layers` if it takes them, and `ffn` in a spec overrides the model's. repeat: times the list is stacked. ffn: hidden width of the gated feed-forward as a multiple of dim, 0 for
-    none. tie: the head is the embedding transposed. embedding_std: of the fresh embedding; 1 with tie=False puts it on the scale of the
-    hidden states, which a memory that is read in the embedding's place needs from the start.
+    told its `layer` (1 at the bottom) and the number of `layers` if it takes them, and `ffn` in a spec overrides the model's. repeat: times
+    the list is stacked. ffn: hidden width of the gated feed-forward as a multiple of dim, 0 for none. tie: the head is the embedding
+    transposed. embedding_std: of the fresh embedding; 1 with tie=False puts it on the scale of the hidden states, which a memory that is
+    read in the embedding's place needs from the start.
     """
 
     vocab: int
@@ -166,7 +167,7 @@ class Decoder(Model):
             h = after(index, h) if after else h
             layers.append(new)
         seen = state.seen if state else torch.zeros(len(h), dtype=torch.long, device=h.device)
-        seen = positions(seen, h.shape[1], span)[:, -1] + 1
+        seen = advance(seen, h.shape[1], span)
         return self.norm(h), DecoderState(seen=seen, layers=tuple(layers)).stamp(*self.header)
 
     def head(self, hidden: Tensor) -> Tensor:

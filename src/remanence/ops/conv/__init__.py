@@ -81,6 +81,13 @@ def chunk(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, reset:
     return _Chunk.apply(x, weight, bias, before, fresh)
 
 
+def step(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor) -> tuple[Tensor, Tensor]:
+    """As `naive`, for T == 1 and no reset; returns the new state too."""
+    window = torch.cat([before, x], 1)  # [B, W, C]
+    y = (window * weight.t()).sum(1, keepdim=True)
+    return y if bias is None else y + bias, window[:, 1:]
+
+
 def conv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, before: Tensor | None = None, span: Span | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -91,6 +98,8 @@ def conv(
     if before is None:
         before = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
     before = before.to(x.dtype)
+    if x.shape[1] == 1 and span is None:
+        return step(x, weight, bias, before)
     y = chunk(x, weight, bias, before, None if span is None else span.reset)
     if span is None:
         x = x[:, -weight.shape[1] :]  # all that the state can hold; spares a copy of the rest
