@@ -12,11 +12,11 @@ from torch import Tensor
 
 from helpers import assert_close, assert_gradients_close
 from remanence.errors import BackendError, ShapeError, UsageError
-from remanence.ops.outer import chunk, naive, outer, step
+from remanence.ops.outer import chunk, keys, naive, outer, read_before, step
 from remanence.span import Span
 
 EXACT = 1e-10
-NAMES = ("q", "k", "v", "log_decay", "initial")
+NAMES = ("q", "k", "v", "log_decay", "initial", "bonus")
 
 
 def inputs(seed: int, batch: int, length: int, heads: int = 4, groups: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -25,6 +25,14 @@ def inputs(seed: int, batch: int, length: int, heads: int = 4, groups: int = 2, 
     q, k, v = torch.randn(batch, length, groups, 5), torch.randn(batch, length, groups, 5), torch.randn(batch, length, heads, 3)
     log_decay = -torch.rand(batch, length, heads) * torch.tensor([0.0, 0.01, 0.3, 3.0])[torch.arange(heads) % 4]
     return [x.to(dtype) for x in (q, k, v, log_decay, torch.randn(batch, heads, 5, 3))]
+
+
+def key_inputs(seed: int, batch: int, length: int, heads: int = 2, bonus: bool = False, by_key: bool = True) -> list[Tensor]:
+    """As `inputs` with G = H; per channel, decays from none to e^-40 a token; then the bonus if told."""
+    q, k, v, g, S = inputs(seed, batch, length, heads, heads)
+    if by_key:
+        g = -torch.rand(batch, length, heads, 5, dtype=g.dtype) * torch.tensor([0.0, 0.01, 0.3, 3.0, 40.0])
+    return [q, k, v, g, S, *([torch.randn(heads, 5, dtype=g.dtype)] if bonus else [])]
 
 
 def values_and_gradients(rule: Callable, leaves: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -41,10 +49,13 @@ def assert_same(got: tuple[dict, dict], want: tuple[dict, dict], tol: float) -> 
     assert_gradients_close("outer", got[1], want[1], tol)
 
 
-def by_steps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def by_steps(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor, reset: Tensor | None = None, bonus: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     outputs = []
     for t in range(q.shape[1]):
-        o, S = step(*(x[:, t : t + 1] for x in (q, k, v, g)), S, None if reset is None else reset[:, t : t + 1])
+        now = slice(t, t + 1)
+        o, S = step(q[:, now], k[:, now], v[:, now], g[:, now], S, None if reset is None else reset[:, now], bonus)
         outputs.append(o)
     return torch.cat(outputs, 1), S
 
@@ -77,6 +88,94 @@ def test_any_chunk_size(size: int) -> None:
     leaves, reset = inputs(0, 2, 130), resets(130, "several")
     want = values_and_gradients(lambda *x: naive(*x, reset), leaves)
     assert_same(values_and_gradients(lambda *x: chunk(*x, reset, size), leaves), want, EXACT)
+
+
+@given(st.integers(0, 99), st.integers(1, 150), st.sampled_from(["none", "first", "last", "several"]))
+def test_chunks_with_a_decay_per_key_agree(seed: int, length: int, which: str) -> None:
+    leaves, reset = key_inputs(seed, 2, length), resets(length, which)
+    want = values_and_gradients(lambda *x: naive(*x, reset), leaves)
+    assert_same(values_and_gradients(lambda *x: keys.chunk(*x, reset), leaves), want, EXACT)
+
+
+@pytest.mark.parametrize("size", [1, 16, 33, 128])
+def test_any_chunk_size_with_a_decay_per_key(size: int) -> None:
+    leaves, reset = key_inputs(0, 2, 130), resets(130, "several")
+    want = values_and_gradients(lambda *x: naive(*x, reset), leaves)
+    assert_same(values_and_gradients(lambda *x: keys.chunk(*x, reset, size), leaves), want, EXACT)
+
+
+@given(st.integers(0, 99), st.integers(1, 20), st.sampled_from(["none", "first", "last", "several"]), st.booleans(), st.booleans())
+def test_steps_with_a_decay_per_key_or_a_bonus_agree(seed: int, length: int, which: str, by_key: bool, bonus: bool) -> None:
+    leaves, reset = key_inputs(seed, 2, length, bonus=bonus, by_key=by_key), resets(length, which)
+    want = values_and_gradients(lambda *x: naive(*x[:5], reset, *x[5:]), leaves)
+    assert_same(values_and_gradients(lambda *x: by_steps(*x[:5], reset, *x[5:]), leaves), want, EXACT)
+
+
+@given(st.integers(0, 99), st.integers(2, 150), st.sampled_from(["none", "first", "last", "several"]), st.booleans())
+def test_chunks_that_read_before_they_write_agree(seed: int, length: int, which: str, by_key: bool) -> None:
+    leaves, reset = key_inputs(seed, 2, length, bonus=True, by_key=by_key), resets(length, which)
+    want = values_and_gradients(lambda *x: naive(*x[:5], reset, x[5]), leaves)
+    rule = keys.chunk if by_key else chunk
+    assert_same(values_and_gradients(lambda q, k, v, g, S, u: read_before(rule, q, k, v, g, u, S, reset), leaves), want, EXACT)
+
+
+def test_bonus_in_the_naive_form_is_the_published_sum() -> None:
+    """o_t = sum_{s < t} (q_t . (prod_{s < r < t} a_r * k_s)) v_s + (q_t . (u * k_t)) v_t: the decays strictly between (2404.05892)."""
+    q, k, v, g, _, u = key_inputs(8, 1, 12, bonus=True)
+    total = g.cumsum(1)
+    want = (q * u * k).sum(-1, keepdim=True) * v
+    for t in range(12):
+        for s in range(t):
+            between = (total[:, t] - g[:, t] - total[:, s]).exp()
+            want[:, t] += (q[:, t] * between * k[:, s]).sum(-1, keepdim=True) * v[:, s]
+    assert_close("o", naive(q, k, v, g, bonus=u)[0], want, 1e-12)
+
+
+@pytest.mark.parametrize("bonus", [False, True])
+def test_equal_decays_of_all_keys_are_the_scalar_rule(bonus: bool) -> None:
+    q, k, v, g, S, *u = key_inputs(9, 2, 100, bonus=bonus, by_key=False)
+    got, want = (outer(q, k, v, x, S, bonus=u[0] if u else None) for x in (g[..., None].expand(q.shape), g))
+    assert_close("o", got[0], want[0], 1e-12)
+    assert_close("S", got[1], want[1], 1e-12)
+
+
+@given(st.integers(0, 99), st.integers(2, 90), st.booleans())
+def test_padding_and_cuts_of_the_rule_with_a_bonus(seed: int, length: int, by_key: bool) -> None:
+    q, k, v, g, S, u = key_inputs(seed, 2, length, bonus=True, by_key=by_key)
+    real = 1 + seed % (length - 1)
+    o, end = outer(q, k, v, g, S, Span.from_lengths([length, real], length), bonus=u)
+    first, state = outer(*(x[:, :real] for x in (q, k, v, g)), S, bonus=u)
+    assert_close("first piece", first, o[:, :real], EXACT)
+    assert_close("padded row's state", end[1:], state[1:], EXACT)
+    rest, state = outer(*(x[:, real:] for x in (q, k, v, g)), state, bonus=u)
+    assert_close("second piece", rest[:1], o[:1, real:], EXACT)
+    assert_close("state", state[:1], end[:1], EXACT)
+
+
+def test_strong_decay_per_key_neither_overflows_nor_leaks() -> None:
+    q, k, v, g, S = (x.float() for x in key_inputs(10, 1, 128))
+    leaves = [x.requires_grad_() for x in (q, k, v, torch.full_like(g, -60.0), S)]
+    o, end = keys.chunk(*leaves)
+    assert_close("o", o, (q * k).sum(-1, keepdim=True) * v, 1e-5)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(o.sum() + end.sum(), leaves))
+
+
+def test_a_key_that_is_wiped_out_by_one_token() -> None:
+    """A log decay of -inf, or of -1e30, whose running sums would swallow every decay after it."""
+    for wipe in (-torch.inf, -1e30):
+        q, k, v, g, S = key_inputs(12, 2, 100)
+        g = g.clamp(min=-3)
+        g[:, 40:45, :, 1], g[0, 90, :, 2] = wipe, wipe
+        want = values_and_gradients(naive, [q, k, v, g, S])
+        assert_same(values_and_gradients(keys.chunk, [q, k, v, g, S]), want, EXACT)
+        assert_same(values_and_gradients(keys.chunk, [x.float() for x in (q, k, v, g, S)]), want, 1e-4)
+
+
+def test_float32_with_a_decay_per_key() -> None:
+    leaves = key_inputs(11, 2, 200)
+    got = values_and_gradients(keys.chunk, [x.float() for x in leaves])
+    # the sums of logs reach -1300 inside a chunk, where a unit in the last place of fp32 is 1e-4
+    assert_same(got, values_and_gradients(naive, leaves), 1e-4)
 
 
 def test_float32() -> None:
@@ -144,6 +243,10 @@ def test_wrong_use() -> None:
         outer(q, k, v[:, :, :3], g[:, :, :3])
     with pytest.raises(ShapeError, match="log_decay"):
         outer(q, k, v, g[..., None])
+    with pytest.raises(ShapeError, match="G must be H"):
+        outer(q, k, v, g[..., None].expand(-1, -1, -1, 5))
+    with pytest.raises(ShapeError, match="bonus"):
+        outer(q, k, v, g, bonus=torch.ones(4, 4))
     with pytest.raises(UsageError, match="backend"):
         outer(q, k, v, g, backend="tritn")
     with pytest.raises(BackendError, match="triton"):

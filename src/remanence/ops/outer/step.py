@@ -7,15 +7,29 @@ from torch import Tensor
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None = None, reset: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial: Tensor | None = None,
+    reset: Tensor | None = None,
+    bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `naive`, for T == 1."""
     batch, _, heads, _ = v.shape
     groups = q.shape[2]
     v = v[:, 0].unflatten(1, (groups, -1))  # [B, G, R, V]
-    S = k[:, 0, :, None, :, None] * v[..., None, :]  # [B, G, R, K, V]
+    q = q[:, 0, :, None, None, :]  # [B, G, 1, 1, K]
+    S = write = k[:, 0, :, None, :, None] * v[..., None, :]  # [B, G, R, K, V]
+    before = None
     if initial is not None:
         before = initial if reset is None else torch.where(reset[:, 0, None, None, None], 0.0, initial)
-        S = S + (before * log_decay[:, 0, :, None, None].exp()).unflatten(1, (groups, -1))
-    o = (q[:, 0, :, None, None, :] @ S)[..., 0, :]
+        decay = log_decay[:, 0, :, None, None] if log_decay.ndim == 3 else log_decay[:, 0, :, :, None]
+        S = write + (before * decay.exp()).unflatten(1, (groups, -1))
+    if bonus is None:
+        read = S
+    else:
+        read = write * bonus.unflatten(0, (groups, -1))[..., None]
+        read = read if before is None else read + before.unflatten(1, (groups, -1))
+    o = (q @ read)[..., 0, :]
     return o.reshape(batch, 1, heads, -1), S.flatten(1, 2)
