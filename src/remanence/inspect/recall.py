@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError, positive
 from ..mixers.gated_deltanet import GatedDeltaNet
-from ..mixers.parts import l2_normalize
 from ..models import Model
 from ..state import State
 
@@ -82,7 +80,7 @@ class Recall:
         def keep(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
             if len(output[0]) != 1:
                 raise UsageError(f"recall follows one stream; the call has {len(output[0])} rows.")
-            self._qkv[index] = F.silu(output[0].detach()[0])  # [T, ...]
+            self._qkv[index] = output[0].detach()[0]  # [T, ...]
 
         return keep
 
@@ -90,13 +88,12 @@ class Recall:
         def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
             z = output.detach()[0]  # [T, H]
             beta = (z.clamp(0, 1) if mixer.write == "hard" else z.sigmoid()) * mixer.beta_scale
-            parts = self._qkv.pop(index).split(mixer.sizes, -1)
-            q, k, v = (part.unflatten(-1, (mixer.heads, -1)) for part in parts)
-            self.reads[index] = l2_normalize(q[-1]) * mixer.key_dim**-0.5
+            q, k, v = mixer.split(self._qkv.pop(index))
+            self.reads[index] = q[-1]
             ledger = self.ledgers[index]
             for t in (beta > 0).any(-1).nonzero()[:, 0].tolist():
                 self.dropped += len(ledger) == ledger.maxlen
-                ledger.append(_Write(self._seen[index] + t, beta[t], l2_normalize(k[t]), v[t].clone()))
+                ledger.append(_Write(self._seen[index] + t, beta[t], k[t], v[t].clone()))
             self._seen[index] += len(z)
 
         return keep

@@ -75,12 +75,16 @@ class GatedDeltaNet(Mixer):
         self.norm = RMSNorm(self.value_dim)
         self.out = nn.Linear(inner_v, dim, bias=False)
 
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k [..., H, K] and v [..., H, V] from the output of the short convolution [..., H (2K + V)]."""
+        qk, v = F.silu(qkv).split(self.sizes, -1)
+        q, k = l2_normalize(qk.unflatten(-1, (-1, self.key_dim))).chunk(2, -2)
+        return q * self.key_dim**-0.5, k, v.unflatten(-1, (self.heads, -1))
+
     def forward(self, x: Tensor, state: GatedDeltaNetState | None = None, span: Span | None = None) -> tuple[Tensor, GatedDeltaNetState]:
         seen = state.seen if state else torch.zeros(len(x), dtype=torch.long, device=x.device)
         qkv, conv = self.conv(self.to_qkv(x), state and state.conv, span)
-        qk, v = (part.unflatten(-1, (-1, size)) for part, size in zip(F.silu(qkv).split(self.sizes, -1), (self.key_dim, self.value_dim)))
-        q, k = l2_normalize(qk).chunk(2, 2)  # [B, T, H, K]
-        q = q * self.key_dim**-0.5
+        q, k, v = self.split(qkv)
         log_decay = None  # [B, T, H], <= 0
         if self.to_decay is not None:
             dtype = accumulate_dtype(x)

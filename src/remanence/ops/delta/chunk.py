@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from ..outer.chunk import decays, documents, join, split
 
-CHUNK = 64
+CHUNK = {"cpu": 32}
+"""Tokens of a chunk, by device; 64 on others, where fewer steps from chunk to chunk count for more than fewer operations."""
 LEAF = 16
 
 
@@ -32,6 +33,12 @@ def inverse(L: Tensor) -> Tensor:
     return out
 
 
+def add_product(total: Tensor, A: Tensor, B: Tensor, alpha: float = 1) -> Tensor:
+    """total + alpha A B, written into `total`; contiguous, with two dimensions of batch."""
+    total.view(-1, *total.shape[2:]).baddbmm_(A.flatten(0, 1), B.flatten(0, 1), alpha=alpha)
+    return total
+
+
 class _Chunks(torch.autograd.Function):
     """q, k [N, M, C, K], v [N, M, C, V], running log decays g and beta b [N, M, C], S [M, K, V] with M = B H -> o like v, final S.
 
@@ -39,6 +46,7 @@ class _Chunks(torch.autograd.Function):
     p = (I + b A)^-T dV' is the gradient of the right side and -p V'^T that of b A. `read` is the gradient of b k where it reads the
     memory, `write` that of k where it is written. Those of g need no pass over [C, C]: g_i scales all that token i reads and -g_i all
     that it writes, so they are <q, dq> + <b k, read> - <k, write>, and <S, dS> of the state after it for a chunk's last token.
+    What the loops over chunks make is written where it will be read, and products are added where they belong.
     """
 
     @staticmethod
@@ -48,43 +56,42 @@ class _Chunks(torch.autograd.Function):
         within, from_start, to_end, across = decays(g, document)
         b, from_start, to_end, across = b[..., None], from_start[..., None], to_end[..., None], across[..., None, None]
         X = inverse((k @ k.mT).mul_(within).mul_(b))
-        targets, readers, writers = v * b, k * (b * from_start), (k * to_end).mT
-        states, news = [S], []
-        for n in range(len(q)):
-            news.append(X[n] @ torch.baddbmm(targets[n], readers[n], S, alpha=-1))  # [M, C, V], what is written
-            S = torch.baddbmm(S * across[n], writers[n], news[n])
-            states.append(S)
-        states, news = torch.stack(states), torch.stack(news)
+        states, news = S.new_empty(len(q) + 1, *S.shape), v * b  # news: what is to be written, then what is
+        states[0] = S
+        readers, writers = k * (b * from_start), (k * to_end).mT
+        for R, W, x, new, decay, before, after in zip(readers, writers, X, news, across, states, states[1:]):
+            new.copy_(x @ torch.baddbmm(new, R, before, alpha=-1))  # [M, C, V]
+            torch.mul(before, decay, out=after).baddbmm_(W, new)
         attention = (q @ k.mT).mul_(within)
-        o = (q @ states[:-1]).mul_(from_start).add_(attention @ news)
+        o = (q @ states[:-1]).mul_(from_start)
+        add_product(o, attention, news)
         ctx.save_for_backward(q, k, v, b, within, from_start, to_end, across, X, states, news, attention)
-        return o, S.clone()
+        return o, states[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, b, within, from_start, to_end, across, X, states, news, attention = ctx.saved_tensors
-        do_read = do * from_start
-        d_news, d_reads = attention.mT @ do, q.mT @ do_read
-        readers, writers = (k * (b * from_start)).mT, k * to_end
-        d_states, ps = [dS], []
+        do_read, readers, writers = do * from_start, (k * (b * from_start)).mT, k * to_end
+        p, d_states = attention.mT @ do, torch.empty_like(states)  # what o alone gives: to news, and to the state before each chunk
+        torch.bmm(q.mT.flatten(0, 1), do_read.flatten(0, 1), out=d_states[:-1].flatten(0, 1))
+        d_states[-1] = dS
         for n in reversed(range(len(q))):
-            ps.append(X[n].mT @ torch.baddbmm(d_news[n], writers[n], dS))
-            dS = torch.baddbmm(torch.addcmul(d_reads[n], dS, across[n]), readers[n], ps[-1], alpha=-1)
-            d_states.append(dS)
-        p, d_states = torch.stack(ps[::-1]), torch.stack(d_states[-2::-1])  # of the state after each chunk
-        before = states[:-1].mT
+            p[n] = X[n].mT @ torch.baddbmm(p[n], writers[n], d_states[n + 1])
+            d_states[n].addcmul_(d_states[n + 1], across[n]).baddbmm_(readers[n], p[n], alpha=-1)
+        before, after = states[:-1].mT, d_states[1:]
         d_scores = (do @ news.mT).mul_(within)
         dA = (p @ news.mT).mul_(within)
         dA.diagonal(dim1=-2, dim2=-1).zero_()
-        dq = (do_read @ before).add_(d_scores @ k)
-        read = (p @ before).mul_(from_start).add_(dA @ k).neg_()
-        write = (news @ d_states.mT).mul_(to_end).add_(d_scores.mT @ q).sub_(dA.mT @ (b * k))
+        dq = add_product(do_read @ before, d_scores, k)
+        read = add_product((p @ before).mul_(from_start), dA, k).neg_()
+        write = add_product((news @ after.mT).mul_(to_end), d_scores.mT, q)
+        add_product(write, dA.mT, b * k, -1)
         k_read = (k * read).sum(-1)
         db = (p * v).sum(-1) + k_read
         dg = (q * dq).sum(-1) + b[..., 0] * k_read - (k * write).sum(-1)
-        dg[..., -1] += (states[1:] * d_states).sum((-2, -1))
-        return dq, torch.addcmul(write, b, read), p * b, dg, db, dS, None
+        dg[..., -1] += (states[1:] * after).sum((-2, -1))
+        return dq, write.addcmul_(b, read), p.mul_(b), dg, db, d_states[0], None
 
 
 def chunk(
@@ -95,7 +102,7 @@ def chunk(
     beta: Tensor,
     initial: Tensor | None = None,
     reset: Tensor | None = None,
-    size: int = CHUNK,
+    size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `naive`, any T. With g the running sum of log decays inside a chunk of C tokens and G_ij = exp(g_i - g_j) for i >= j:
 
@@ -106,7 +113,7 @@ def chunk(
     carried S, so no decay has to be -inf. First-order gradients only.
     """
     batch, length, heads, _ = q.shape
-    size = min(size, length)
+    size = min(size or CHUNK.get(v.device.type, 64), length)
     S = v.new_zeros(batch, heads, q.shape[-1], v.shape[-1]) if initial is None else initial
 
     def rows(x: Tensor) -> Tensor:  # [B, T, H, ...] -> [N, B H, C, ...]
