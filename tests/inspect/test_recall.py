@@ -8,7 +8,6 @@ import torch
 import remanence as rm
 from remanence.errors import UsageError
 from remanence.inspect import Recall
-from remanence.inspect.recall import F, l2_normalize
 
 
 def model(**hyper) -> rm.Model:
@@ -22,9 +21,8 @@ def read(net: rm.Model, ids: torch.Tensor) -> torch.Tensor:
     mixer = net.blocks[0].mixer
     x = net.blocks[0].norm(net.embed(ids[None]))
     qkv, _ = mixer.conv(mixer.to_qkv(x), None, None)
-    q = F.silu(qkv).split(mixer.sizes, -1)[0].unflatten(-1, (mixer.heads, -1))[0, -1]
     memory = net(ids[None]).state.layers[0].memory[0]  # [H, K, V]
-    return torch.einsum("hk,hkv->hv", l2_normalize(q) * mixer.key_dim**-0.5, memory)
+    return torch.einsum("hk,hkv->hv", mixer.split(qkv)[0][0, -1], memory)
 
 
 @pytest.mark.parametrize("write", ["hard", "sigmoid"])
