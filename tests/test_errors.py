@@ -108,6 +108,7 @@ def test_every_mixer_checks_its_hyper_parameters(slug: str) -> None:
         (UsageError, "names no mixer", lambda: model(layers=[{"window": 3}])),
         (UsageError, "layers is empty", lambda: model(layers=[])),
         (UnknownName, "did you mean attention", lambda: model(layers="2 x atention")),
+        (UsageError, "bmojo is a layer", lambda: rm.memory("bmojo", backbone=model())),
         (UsageError, "windw", lambda: model(layers=[{"mixer": "attention", "windw": 3}])),
         (ShapeError, "dtype torch.float32", lambda: model()(zeros(1, 2))),
         (ShapeError, r"shape \[2\]", lambda: model()(zeros(2, dtype=torch.long))),
