@@ -95,7 +95,7 @@ def test_the_predictor_learns_from_innovation_alone() -> None:
 
 
 def test_wrong_use() -> None:
-    with pytest.raises(rm.errors.UsageError, match="heads=6"):
+    with pytest.raises(rm.errors.UsageError, match="heads=3 does not divide dim=32"):
         rm.mixer("bmojo", dim=32, heads=3)
     with pytest.raises(rm.errors.UsageError, match="window is 0"):
         rm.mixer("bmojo", dim=32, window=0)
