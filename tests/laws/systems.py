@@ -80,6 +80,9 @@ def _systems() -> list[System]:
         ("attention", {"kv_heads": 2, "rope": 0.5}),
         ("gated-deltanet", {"write": "hard", "forget": False}),
         ("gated-deltanet", {"negative_eigenvalues": True, "value_dim": 6}),
+        ("hgrn", {"complex": True}),
+        ("mlstm-7b", {"block": "2024"}),
+        ("agalite", {"exact": True, "eta": 2}),
     ):
         options = ",".join(f"{key}={value}" for key, value in hyper.items())
         systems.append(System(f"{slug}[{options}]", functools.partial(rm.mixer, slug, dim=DIM), False, hyper))
