@@ -9,7 +9,7 @@ from ..catalog import system
 from ..errors import divides
 from ..ops.backend import accumulate_dtype
 from ..ops.expsum import average, expsum
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 
@@ -59,5 +59,5 @@ class Aaren(Mixer):
         initial = (state.largest, state.total, state.weighted) if state else None
         (_, den, num), (m, total, weighted) = expsum(score, v, None, initial, span, self.backend)
         y = self.out(average(den, num).to(x.dtype).flatten(2))
-        seen = positions(seen, x.shape[1], span)[:, -1] + 1
+        seen = advance(seen, x.shape[1], span)
         return y, AarenState(seen=seen, largest=m, total=total, weighted=weighted)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..catalog import system
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import ShortConv
@@ -44,4 +44,4 @@ class BaseConv(Mixer):
         seen = state.seen if state else torch.zeros(len(x), dtype=torch.long, device=x.device)
         u, v = self.to_uv(x).chunk(2, -1)  # [B, T, E]
         u, conv = self.conv(u, state and state.conv, span)
-        return self.out(F.silu(u) * v), BaseConvState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, conv=conv)
+        return self.out(F.silu(u) * v), BaseConvState(seen=advance(seen, x.shape[1], span), conv=conv)

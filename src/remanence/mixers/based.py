@@ -10,7 +10,7 @@ from ..catalog import system
 from ..errors import divides
 from ..ops.backend import accumulate_dtype
 from ..ops.outer import outer
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 
@@ -78,7 +78,7 @@ class Based(Mixer):
         q, k = taylor(qk.unflatten(-1, (2, self.heads, -1))).unbind(2)  # [B, T, H, F]
         o, memory = outer(q, k, beside_one(v.unflatten(-1, (self.heads, -1))), None, memory, span, self.backend)
         o = (o[..., :-1] / (o[..., -1:] + EPS)).to(qkv.dtype)
-        return self.out(o.flatten(2)), BasedState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, memory=memory)
+        return self.out(o.flatten(2)), BasedState(seen=advance(seen, x.shape[1], span), memory=memory)
 
 
 def beside_one(v: Tensor) -> Tensor:

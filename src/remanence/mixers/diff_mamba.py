@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..catalog import system
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .mamba2 import Mamba2, Mamba2State
@@ -66,4 +66,4 @@ class DiffMamba(Mixer):
         b, second = self.second(x, state and state.second, span)
         scale = self.lambda_q.sum().sigmoid() + self.lambda_init
         y = self.norm(a - scale * b) * (1 - self.lambda_init)
-        return y, DiffMambaState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, first=first, second=second)
+        return y, DiffMambaState(seen=advance(seen, x.shape[1], span), first=first, second=second)

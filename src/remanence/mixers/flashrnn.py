@@ -9,7 +9,7 @@ from ..catalog import system
 from ..errors import divides, positive, unknown
 from ..ops.cell import GATES, cell
 from ..ops.cell.fused import fused, usable
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 
@@ -67,4 +67,4 @@ class FlashRNN(Mixer):
         else:
             wx = self.to_gates(x).unflatten(-1, (self.heads, GATES[self.cell], -1))  # [B, T, H, G, D]
             y, held = cell(self.cell, wx, self.recurrent, held, self.inner_bias, span, self.backend)
-        return self.out(y.flatten(2)), FlashRNNState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, cell=tuple(held))
+        return self.out(y.flatten(2)), FlashRNNState(seen=advance(seen, x.shape[1], span), cell=tuple(held))

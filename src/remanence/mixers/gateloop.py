@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..catalog import system
 from ..ops.backend import accumulate_dtype
 from ..ops.scan import scan
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import RMSNorm
@@ -57,7 +57,7 @@ class GateLoop(Mixer):
         magnitude, phase = self.to_a(x).to(full).chunk(2, -1)
         start = torch.view_as_complex(state.hidden.contiguous()) if state else None
         h, last = scan(torch.complex(F.logsigmoid(magnitude), phase), k * v, start, span, self.backend)
-        return q * h.real, GateLoopState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, hidden=torch.view_as_real(last))
+        return q * h.real, GateLoopState(seen=advance(seen, x.shape[1], span), hidden=torch.view_as_real(last))
 
     def forward(self, x: Tensor, state: GateLoopState | None = None, span: Span | None = None) -> tuple[Tensor, GateLoopState]:
         o, new = self.loop(x, state, span)

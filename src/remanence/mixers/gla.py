@@ -10,7 +10,7 @@ from ..catalog import system
 from ..errors import UsageError
 from ..ops.backend import accumulate_dtype
 from ..ops.outer import outer
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import RMSNorm
@@ -79,4 +79,4 @@ class GLA(Mixer):
         log_decay = log_decay.unflatten(-1, (self.heads, -1))  # [B, T, H, K]
         o, memory = outer(q * self.key_dim**-0.5, k, v, log_decay, state and state.memory, span, self.backend)
         y = self.out((self.norm(o) * F.silu(self.to_gate(x)).unflatten(-1, (self.heads, -1))).flatten(2))
-        return y, GLAState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, memory=memory)
+        return y, GLAState(seen=advance(seen, x.shape[1], span), memory=memory)

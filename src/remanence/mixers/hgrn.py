@@ -12,7 +12,7 @@ from ..catalog import system
 from ..errors import UsageError
 from ..ops.backend import accumulate_dtype
 from ..ops.scan import scan
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import RMSNorm, no_decay
@@ -122,4 +122,4 @@ class HGRN(Mixer):
             h, last = scan(turn, torch.complex(write * re, write * im), start, span, self.backend)
             h, hidden = torch.cat([h.real, h.imag], -1), torch.view_as_real(last)
         y = self.out(self.norm(h.to(x.dtype)) * F.silu(self.to_gate(x)))
-        return y, HGRNState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, hidden=hidden)
+        return y, HGRNState(seen=advance(seen, x.shape[1], span), hidden=hidden)

@@ -10,7 +10,7 @@ from ..catalog import system
 from ..errors import divides
 from ..ops.backend import accumulate_dtype
 from ..ops.outer import outer
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .hgrn import LowerBound
@@ -59,4 +59,4 @@ class HGRN2(Mixer):
         log_f, k = self.bound(f.to(accumulate_dtype(x)))  # [B, T, D]
         q, k, v, log_f = (part.unflatten(-1, (self.heads, -1)) for part in (F.silu(q), k, v, log_f))  # [B, T, H, K]
         o, memory = outer(q, k, v, log_f, state and state.memory, span, self.backend)
-        return self.out(self.norm(o.flatten(2))), HGRN2State(seen=positions(seen, x.shape[1], span)[:, -1] + 1, memory=memory)
+        return self.out(self.norm(o.flatten(2))), HGRN2State(seen=advance(seen, x.shape[1], span), memory=memory)

@@ -9,7 +9,7 @@ from ..catalog import system
 from ..errors import divides
 from ..ops.backend import accumulate_dtype
 from ..ops.expsum import latents as mix
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 
@@ -55,5 +55,5 @@ class Latte(Mixer):
         q = q.to(accumulate_dtype(q)).softmax(-1)
         initial = (state.largest, state.total, state.weighted) if state else None
         o, (m, total, weighted) = mix(q, k, v, initial, span, self.backend)
-        seen = positions(seen, x.shape[1], span)[:, -1] + 1
+        seen = advance(seen, x.shape[1], span)
         return self.out(o.flatten(2)), LatteState(seen=seen, largest=m, total=total, weighted=weighted)

@@ -10,7 +10,7 @@ from ..catalog import system
 from ..errors import UsageError
 from ..ops.lti import dense
 from ..ops.lti.hippo import discretize, hippo
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 
@@ -50,4 +50,4 @@ class LMU(Mixer):
         u = F.relu(self.to_u(x))  # [B, T, 1]
         m, memory = dense(self.A.to(x.device), self.B.to(x.device), u, None, state and state.memory, span, self.backend)  # [B, T, 1, q]
         y = F.relu(self.out(torch.cat([m[:, :, 0], x], -1)))
-        return y, LMUState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, memory=memory)
+        return y, LMUState(seen=advance(seen, x.shape[1], span), memory=memory)

@@ -11,7 +11,7 @@ from ..catalog import system
 from ..errors import UsageError
 from ..ops.backend import accumulate_dtype
 from ..ops.scan import scan
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import no_decay
@@ -76,4 +76,4 @@ class LRU(Mixer):
         log_lambda = torch.complex(-nu, theta).expand(re.shape)
         h, last = scan(log_lambda, torch.complex(gamma * re, gamma * im), start, span, self.backend)
         y = self.out(torch.cat([h.real, h.imag], -1).to(x.dtype)) + self.D * x
-        return y, LRUState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, hidden=torch.view_as_real(last))
+        return y, LRUState(seen=advance(seen, x.shape[1], span), hidden=torch.view_as_real(last))

@@ -12,7 +12,7 @@ from ..catalog import system
 from ..errors import UsageError
 from ..ops.lti import dense
 from ..ops.lti.hippo import discretize, hippo
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import no_decay
@@ -74,7 +74,7 @@ class LSSL(Mixer):
         a, b = self.discrete()
         o, memory = dense(a.to(x.device), b.to(x.device), x, self.C, state and state.memory, span, self.backend)  # [B, T, D, M]
         y = self.out(F.gelu(o + self.skip * x[..., None]).flatten(2))
-        return y, LSSLState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, memory=memory)
+        return y, LSSLState(seen=advance(seen, x.shape[1], span), memory=memory)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """Abar [D, N, N] and Bbar [D, N], float64."""

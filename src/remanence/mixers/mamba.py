@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..catalog import system
 from ..ops.backend import accumulate_dtype
 from ..ops.selective import selective
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import ShortConv, dt_bias_init, no_decay
@@ -55,7 +55,7 @@ class SelectiveMixer(Mixer):
         dt = F.linear(r, self.to_dt.weight).to(full) + self.to_dt.bias.to(full)
         y, memory = self.recur(u.to(full), dt, B, C, state and state.memory, span)
         y = self.out(torch.addcmul(y, u, self.D).to(u.dtype) * F.silu(z))
-        return y, MambaState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, memory=memory, conv=conv)
+        return y, MambaState(seen=advance(seen, x.shape[1], span), memory=memory, conv=conv)
 
 
 @system(

@@ -11,7 +11,7 @@ from ..errors import UsageError, divides
 from ..ops.backend import accumulate_dtype
 from ..ops.expsum import log_keep, running_max
 from ..ops.outer import outer
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import ShortConv
@@ -151,5 +151,5 @@ class MLSTM(Mixer):
         h = F.layer_norm(h, h.shape[-1:], eps=1e-6 if c is None else 1e-5).flatten(2) * self.norm_weight
         if c is not None:
             h = torch.addcmul(h, self.skip, c)
-        seen = positions(seen, x.shape[1], span)[:, -1] + 1
+        seen = advance(seen, x.shape[1], span)
         return self.out(h * gate), MLSTMState(seen=seen, memory=memory, normalizer=normalizer, largest=m, conv=conv)

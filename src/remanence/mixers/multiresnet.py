@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..catalog import system
 from ..errors import UsageError
 from ..ops.lti import dilated
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 
@@ -67,4 +67,4 @@ class MultiresNet(Mixer):
             levels.append(held)
         o = torch.addcmul(o, low, self.weight[:, 0])
         y = F.glu(self.out(F.gelu(o)), -1)
-        return y, MultiresNetState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, levels=tuple(levels))
+        return y, MultiresNetState(seen=advance(seen, x.shape[1], span), levels=tuple(levels))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..catalog import system
 from ..errors import divides, positive, unknown
 from ..ops.cell.newton import MOST, newton
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 
@@ -108,4 +108,4 @@ class ParaRNN(Mixer):
         f, states, _ = CELLS[self.cell]
         h, hidden = newton(functools.partial(f, a=self.diagonal), u, state and state.hidden, span, states, self.iterations, self.backend)
         y = self.out(h[:, :, -1].to(x.dtype))
-        return y, ParaRNNState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, hidden=hidden)
+        return y, ParaRNNState(seen=advance(seen, x.shape[1], span), hidden=hidden)

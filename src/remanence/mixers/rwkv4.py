@@ -9,7 +9,7 @@ from ..catalog import system
 from ..errors import UsageError
 from ..ops.backend import accumulate_dtype
 from ..ops.expsum import FLOOR, Sums, average, expsum, merge
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import no_decay
@@ -95,7 +95,7 @@ class RWKV4(Mixer):
         sums, (m, total, weighted) = expsum(k, v[..., None], -self.time_decay.to(dtype).exp(), initial, span, self.backend)
         _, den, num = merge(self._before(sums, initial, span), (k + self.time_first.to(dtype), torch.ones_like(k), v[..., None]))
         y = self.out(r * average(den, num)[..., 0].to(x.dtype))
-        seen = positions(seen, x.shape[1], span)[:, -1] + 1
+        seen = advance(seen, x.shape[1], span)
         return y, RWKV4State(seen=seen, before=before, largest=m, total=total, weighted=weighted[..., 0])
 
     @staticmethod
@@ -148,4 +148,4 @@ class RWKV4Channel(Mixer):
         previous, before = token_shift(x, state and state.before, span)
         k = self.to_k(mix(x, previous, self.mu_k)).relu().square()
         r = self.to_r(mix(x, previous, self.mu_r)).sigmoid()
-        return r * self.out(k), RWKV4ChannelState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, before=before)
+        return r * self.out(k), RWKV4ChannelState(seen=advance(seen, x.shape[1], span), before=before)

@@ -10,7 +10,7 @@ from ..catalog import system
 from ..errors import UsageError, divides
 from ..ops.backend import accumulate_dtype
 from ..ops.outer import outer
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import no_decay
@@ -94,4 +94,4 @@ class RWKV5(Mixer):
         log_decay = -self.decay.to(accumulate_dtype(x)).exp().expand(*x.shape[:2], -1, -1)
         o, memory = outer(r, k, v, log_decay, state and state.memory, span, self.backend, self.bonus)
         y = self.out(self.norm(o.reshape(-1, x.shape[-1])).view_as(x) * F.silu(g))
-        return y, RWKVState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, memory=memory, shift=shift)
+        return y, RWKVState(seen=advance(seen, x.shape[1], span), memory=memory, shift=shift)

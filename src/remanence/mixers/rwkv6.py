@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..catalog import system
 from ..ops.backend import accumulate_dtype
 from ..ops.outer import outer
-from ..span import Span, positions
+from ..span import Span, advance
 from .base import Mixer
 from .parts import no_decay
 from .rwkv5 import NORM_EPS, Depths, RWKVState
@@ -77,4 +77,4 @@ class RWKV6(Mixer):
         w = (torch.tanh(x_w @ self.decay_in) @ self.decay_out).to(full).unflatten(-1, (self.heads, -1)) + self.decay.to(full)
         o, memory = outer(r, k, v, -w.exp(), state and state.memory, span, self.backend, self.bonus)
         y = self.out(self.norm(o.reshape(-1, x.shape[-1])).view_as(x) * F.silu(g))
-        return y, RWKVState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, memory=memory, shift=shift)
+        return y, RWKVState(seen=advance(seen, x.shape[1], span), memory=memory, shift=shift)

@@ -11,7 +11,7 @@ from ..errors import UsageError
 from ..ops.backend import accumulate_dtype, pick
 from ..ops.lti import convolve, dense
 from ..ops.lti.hippo import dplr_dense, dplr_kernel, dplr_step, nplr_legs
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import no_decay
@@ -76,7 +76,7 @@ class S4(Mixer):
                 kernel = dplr_kernel(lam, p, b, c, dt, x.shape[1])
                 o = convolve(x.to(memory.dtype), kernel.to(memory.dtype)).to(x.dtype)
         y = F.glu(self.out(F.gelu(o + self.skip * x)), -1)
-        return y, S4State(seen=positions(seen, x.shape[1], span)[:, -1] + 1, memory=memory)
+        return y, S4State(seen=advance(seen, x.shape[1], span), memory=memory)
 
     def _step(self, lam, p, b, c, dt, x, state, span) -> tuple[Tensor, Tensor]:
         """One token from the state, in O(N)."""

@@ -12,7 +12,7 @@ from ..catalog import system
 from ..errors import UsageError
 from ..ops.backend import accumulate_dtype
 from ..ops.lti import diagonal
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import no_decay
@@ -106,4 +106,4 @@ class S4D(Mixer):
         seen = state.seen if state else torch.zeros(len(x), dtype=torch.long, device=x.device)
         o, memory = self.ssm(x, state and state.memory, span)
         y = F.glu(self.out(F.gelu(o + self.skip * x)), -1)
-        return y, S4DState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, memory=memory)
+        return y, S4DState(seen=advance(seen, x.shape[1], span), memory=memory)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..catalog import system
 from ..errors import UsageError, divides
 from ..ops.cell import cell
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 from .parts import ShortConv
@@ -87,4 +87,4 @@ class SLSTM(Mixer):
         wx = torch.cat([i_and_f, z_and_o], 3) + self.bias  # [B, T, H, 4, D]
         y, held = cell("slstm", wx, self.recurrent, state.cell if state else None, None, span, self.backend)
         y = self.norm(y.flatten(0, 1).flatten(1)).unflatten(0, x.shape[:2])  # one row a token
-        return y, SLSTMState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, cell=held, conv=conv)
+        return y, SLSTMState(seen=advance(seen, x.shape[1], span), cell=held, conv=conv)

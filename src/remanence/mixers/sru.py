@@ -13,7 +13,7 @@ from ..catalog import system
 from ..ops.backend import accumulate_dtype
 from ..ops.cell.newton import before, newton
 from ..ops.scan import scan
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 
@@ -76,4 +76,4 @@ class SRU(Mixer):
             c, hidden = h[:, :, 0], last[:, 0]
         r = r.sigmoid()
         y = self.out((r * c + (1 - r) * self.alpha * x).to(x.dtype))
-        return y, SRUState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, hidden=hidden)
+        return y, SRUState(seen=advance(seen, x.shape[1], span), hidden=hidden)

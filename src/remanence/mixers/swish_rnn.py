@@ -11,7 +11,7 @@ from ..catalog import system
 from ..errors import positive
 from ..ops.backend import accumulate_dtype
 from ..ops.cell.newton import newton
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 
@@ -69,4 +69,4 @@ class SwishRNN(Mixer):
         c, last = newton(f, u.unsqueeze(2), state and state.hidden[:, None], span, 1, self.iterations, self.backend)
         b_c, b_s = self.shift
         y = self.out(((c[:, :, 0] + b_c) * (gate + b_s).sigmoid()).to(x.dtype))
-        return y, SwishRNNState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, hidden=last[:, 0])
+        return y, SwishRNNState(seen=advance(seen, x.shape[1], span), hidden=last[:, 0])
