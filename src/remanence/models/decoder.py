@@ -17,6 +17,7 @@ from ..mixers.parts import GatedFFN, RMSNorm
 from ..span import Span, advance
 from ..state import State
 from .base import Model
+from .moe import MoE
 
 Layers = str | Sequence[str | dict[str, Any]]
 
@@ -52,9 +53,10 @@ class ModelConfig:
 
     vocab: number of token ids. dim: model width. layers: see `parse_layers`; a spec's own hyper-parameters go to its mixer, which is also
     told its `layer` (1 at the bottom) and the number of `layers` if it takes them, and `ffn` in a spec overrides the model's. repeat: times
-    the list is stacked. ffn: hidden width of the gated feed-forward as a multiple of dim, 0 for none. tie: the head is the embedding
-    transposed. embedding_std: of the fresh embedding; 1 with tie=False puts it on the scale of the hidden states, which a memory that is
-    read in the embedding's place needs from the start.
+    the list is stacked. ffn: hidden width of the gated feed-forward as a multiple of dim, 0 for none. experts: 0, or how many feed-forwards
+    of that width a block has (models/moe.py), of which a token takes `top_k`; a spec's own override these too. tie: the head is the
+    embedding transposed. embedding_std: of the fresh embedding; 1 with tie=False puts it on the scale of the hidden states, which a memory
+    that is read in the embedding's place needs from the start.
     """
 
     vocab: int
@@ -65,6 +67,8 @@ class ModelConfig:
     tie: bool = True
     eps: float = 1e-5
     embedding_std: float = 0.02
+    experts: int = 0
+    top_k: int = 2
 
     def __post_init__(self) -> None:
         positive(vocab=self.vocab, dim=self.dim, repeat=self.repeat)
@@ -72,6 +76,8 @@ class ModelConfig:
             raise UsageError(f"ffn is {self.ffn!r}; it must be a number in 0..64, the hidden width as a multiple of dim.")
         if not isinstance(self.embedding_std, (int, float)) or not 0 < self.embedding_std <= 100:
             raise UsageError(f"embedding_std is {self.embedding_std!r}; it must be a number above 0 and at most 100.")
+        if self.experts:
+            positive(experts=self.experts, top_k=self.top_k)
         self.layers = parse_layers(self.layers)
 
 
@@ -81,19 +87,24 @@ class DecoderState(State):
 
 
 class Block(nn.Module):
-    """h <- h + mixer(norm(h)); h <- h + ffn(norm(h))."""
+    """h <- h + mixer(norm(h)); h <- h + ffn(norm(h)); the feed-forward is a mixture if there are experts."""
 
-    def __init__(self, dim: int, spec: dict[str, Any], ffn: float, eps: float, layer: int, layers: int):
+    def __init__(
+        self, dim: int, spec: dict[str, Any], ffn: float, eps: float, layer: int, layers: int, experts: int = 0, top_k: int = 2
+    ):
         super().__init__()
         spec = dict(spec)
-        slug, ffn = spec.pop("mixer"), spec.pop("ffn", ffn)
+        slug, ffn, experts = spec.pop("mixer"), spec.pop("ffn", ffn), spec.pop("experts", experts)
+        top_k = spec.pop("top_k", top_k) if experts else 0  # without experts it is the mixer's own
         builder = find(slug, ("mixer",)).builder
         takes = inspect.signature(builder).parameters
         place = {name: value for name, value in (("layer", layer), ("layers", layers)) if name in takes}  # some start by their depth
         self.mixer = builder(dim=dim, **(place | spec))
         self.norm = RMSNorm(dim, eps)
         hidden = int(dim * ffn)
-        self.ffn_norm, self.ffn = (RMSNorm(dim, eps), GatedFFN(dim, hidden)) if hidden else (None, None)
+        self.ffn_norm, self.ffn = None, None
+        if hidden:
+            self.ffn_norm, self.ffn = RMSNorm(dim, eps), MoE(dim, hidden, experts, top_k) if experts else GatedFFN(dim, hidden)
 
     def forward(self, h: Tensor, state: State | None, span: Span | None) -> tuple[Tensor, State]:
         y, new = self.mixer(self.norm(h), state, span)
@@ -104,7 +115,8 @@ class Block(nn.Module):
 
     def ends(self) -> list[nn.Linear]:
         """The projections back into the residual stream."""
-        found = [getattr(self.mixer, "out", None), None if self.ffn is None else self.ffn.down]
+        ffns = self.ffn.experts if isinstance(self.ffn, MoE) else [self.ffn]
+        found = [getattr(self.mixer, "out", None), *(getattr(ffn, "down", None) for ffn in ffns)]
         return [linear for linear in found if isinstance(linear, nn.Linear)]
 
 
@@ -116,11 +128,14 @@ class Decoder(Model):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = asdict(config)
+        if not config.experts:  # a dense model's configuration, and so its states' digest, is what it was before there were experts
+            del self.config["experts"], self.config["top_k"]
         self.vocab, self.dim = config.vocab, config.dim
         self.embedding = nn.Embedding(config.vocab, config.dim)
         specs = parse_layers(config.layers) * config.repeat
         self.blocks = nn.ModuleList(
-            Block(config.dim, spec, config.ffn, config.eps, layer, len(specs)) for layer, spec in enumerate(specs, start=1)
+            Block(config.dim, spec, config.ffn, config.eps, layer, len(specs), config.experts, config.top_k)
+            for layer, spec in enumerate(specs, start=1)
         )
         self.norm = RMSNorm(config.dim, config.eps)
         self.unembedding = nn.Linear(config.dim, config.vocab, bias=False)

@@ -1,5 +1,6 @@
 """Training: the loop, truncated and replayed back-propagation through time, curricula, schedules, checkpoints, recipes."""
 
+from . import distill, recoding, sparsity  # noqa: F401 (they register systems)
 from .config import Run, TrainConfig
 from .curriculum import Curriculum
 from .data import Data, Piece, Stream, as_pieces, cut
