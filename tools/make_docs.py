@@ -37,6 +37,44 @@ ABOUT = {
         "`remanence bench speed`: width 256, 4 heads, batch 1, float32, one process, ours and the peer taking turns, medians. "
         "Ratios above 1: ours is faster."
     ),
+    "decode": (
+        "`remanence bench decode`: one token of an 8-layer Decoder of width 512 beside its linear layers alone, one thread, CPU "
+        "time; eager and through torch.compile."
+    ),
+    "mqar": (
+        "`remanence train mqar`: multi-query associative recall, 16 pairs in 64 tokens, two layers of width 64 of one mixer "
+        "each; at most 1,500 steps of 32 sequences, one learning rate. Accuracy over bytes of state. Mixers without a short "
+        "convolution (gla, based, linear-attention, retnet) must find another way to bind a key to the value after it, and at "
+        "this budget mostly do not."
+    ),
+    "newton": (
+        "`remanence train newton`: ParaRNN's Newton iterations at initial weights: the largest residual before each, in "
+        "float64, and seconds forward and backward against the loop over tokens."
+    ),
+    "read-twice": (
+        "`remanence train read-twice`: set disjointness with the long list first, told once and told twice."
+    ),
+    "selective-copying": (
+        "`remanence train selective-copying`: data tokens among 16 times as many of noise, said again in order; two layers of "
+        "width 64 (or `depth`)."
+    ),
+    "state-collapse": (
+        "`remanence train state-collapse`: a byte-level model trained on 256 tokens at a time reads an unseen book to 16k "
+        "tokens, as it is and with fixes that need no training."
+    ),
+    "state-tracking": (
+        "`remanence train state-tracking`: words over a finite group, trained at up to 40 elements, tested at up to 256; two "
+        "layers of width 64."
+    ),
+    "statex": (
+        "`remanence train statex --mixers mamba2`: a small Mamba-2 trained on MQAR, expanded in one layer of four, trained on, "
+        "against training on without expansion. One seed; the runs were made with 1,200 + 240 steps while other work shared the "
+        "machine."
+    ),
+    "arrow-pointing": (
+        "`remanence train arrow-pointing`: does the arrow point at the disc? Trained on 64 x 64 pictures, tested there and on "
+        "128 x 128."
+    ),
 }
 """What each file of results/ is and the command that makes it."""
 BEGIN, END = "<!-- catalog: made by `make docs` -->", "<!-- end of catalog -->"
@@ -84,7 +122,7 @@ def catalog_page() -> str:
         "",
         "Made by `make docs` from the register that `remanence list` reads. Every mixer, segment memory and model here passes the laws",
         "of tests/laws, but for the exemptions named: any cut of a sequence, states as values, padding and packing, and agreement of the",
-        "forms (naive, step and chunk where there is a `backend` to choose; one for any length otherwise). State sizes are those of one row.",
+        "forms (naive, step and chunk where there is a `backend` to choose; one for any length otherwise). State sizes are of one row.",
     ]
     for kind in kinds():
         parts += ["", f"## {kind}", ""]
@@ -155,7 +193,7 @@ def results_page() -> str:
         rows, meta = content["rows"], content.get("meta", {})
         environment = meta.get("environment", {})
         parts += ["", f"## {path.stem}", ""]
-        parts += [ABOUT[path.stem], ""]
+        parts += [ABOUT.get(path.stem, ""), ""]
         facts = [f"{key} {environment[key]}" for key in ("cpu", "threads", "torch", "commit") if environment.get(key) is not None]
         if facts:
             parts += ["Measured with " + ", ".join(facts) + ".", ""]

@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="auto")
     sub.add_argument("--fast", action="store_true", help="a short run that shows that everything works")
     sub.add_argument("--data", metavar="DIR", help="a folder of .txt files to train on")
-    sub.add_argument("--memory", metavar="SLUG", help="the memory to train, for recipes that compare them")
+    sub.add_argument("--memory", "--mixers", metavar="A,B", help="what to train, for recipes that compare memories or mixers")
 
     sub = command("eval", _eval, "accuracy by length on a benchmark, with and without memory")
     sub.add_argument("task", help="a benchmark of the catalog, e.g. babilong")
@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="with a digest of the logits")
 
     sub = command("bench", _bench, "measure speed")
-    sub.add_argument("what", choices=["speed"])
+    sub.add_argument("what", choices=["speed", "decode"], help="whole sequences and single tokens of a layer; single tokens of a model")
     sub.add_argument("--mixers", metavar="A,B", help="slugs (default: all mixers)")
     sub.add_argument("--lengths", default="2048", help="tokens, e.g. 512,2048")
     sub.add_argument("--repeats", type=_positive, default=5, help="rounds, of which the median counts (default: 5)")
@@ -264,6 +264,14 @@ def _bench(args: argparse.Namespace) -> None:
         _check_target(target)
     from .evaluate import speed
 
+    if args.what == "decode":
+        from .evaluate.decode import decode, print_table
+
+        rows = decode(mixers, repeats=args.repeats * 10)
+        if args.json:
+            speed.write_json(args.json, rows, speed.meta(dim=512, layers=8, vocab=4096, threads=1, dtype="float32"))
+        print_table(rows)
+        return
     rows = speed.speed_to_file(args.json, mixers, lengths, repeats=args.repeats)
     speed.print_table(rows)
     if args.plot:

@@ -5,5 +5,6 @@ They live inside the package, so that an installed library has them too. Each mo
     def recipe(out=None, seed=0, steps=None, device="auto", fast=False, data=None, memory=None) -> Run
 
 out: where the run will write. fast: a run of seconds that shows that everything works, not what it can do. data: a folder of .txt files.
-memory: a slug of the catalog. A recipe refuses, with a UsageError, a flag that means nothing to it.
+memory: slugs of the catalog (--memory or --mixers). A recipe that trains a grid of small models returns a Grid (recipes/_grid.py), which
+starts like a Run. A recipe refuses, with a UsageError, a flag that means nothing to it.
 """
