@@ -68,7 +68,7 @@ ABOUT = {
     ),
     "statex": (
         "`remanence train statex --mixers mamba2`: a small Mamba-2 trained on MQAR, expanded in one layer of four, trained on, "
-        "against training on without expansion. One seed; the runs were made with 1,200 + 240 steps while other work shared the "
+        "against training on without expansion. One seed; a development run of 1,200 + 240 steps, while other work shared the "
         "machine."
     ),
     "arrow-pointing": (
