@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..catalog import system
 from ..errors import UsageError
 from ..ops.backend import accumulate_dtype
-from ..span import Span, positions
+from ..span import Span, advance
 from ..state import State
 from .base import Mixer
 
@@ -136,7 +136,7 @@ class ReMeDe(Mixer):
             m = new if span is None or span.valid is None else torch.where(span.valid[:, t, None, None], new, m)
             answers.append(answer.flatten(1))
         y = self.out(torch.stack(answers, 1).to(x.dtype))
-        return y, ReMeDeState(seen=positions(seen, x.shape[1], span)[:, -1] + 1, memory=m)
+        return y, ReMeDeState(seen=advance(seen, x.shape[1], span), memory=m)
 
     def paths(self, margin: Tensor) -> Tensor:
         """Margins of all nodes [..., N], level by level -> the leaf reached as a one-hot [..., L]: the product over its path."""
