@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -89,11 +91,11 @@ class ARMT(SegmentMemory):
 
     def __init__(self, backbone: Model, segment: int = 128, tokens: int = 8, key_dim: int = 64, nu: int = 3, correction: bool = True):
         super().__init__(backbone, segment, tokens=tokens, key_dim=key_dim, nu=nu, correction=correction)
-        if not isinstance(backbone, Decoder):
+        if not {"before", "after"} <= set(inspect.signature(backbone.encode).parameters):
             raise UsageError(f"backbone is a {type(backbone).__name__}; armt works between the layers of a Decoder.")
         positive(key_dim=key_dim, nu=nu)
         self.prompt = memory_prompt(backbone, tokens, segment)
-        self.associations = nn.ModuleList(Association(backbone.dim, key_dim, nu, correction) for _ in backbone.blocks)
+        self.associations = nn.ModuleList(Association(backbone.dim, key_dim, nu, correction) for _ in self.backbone.blocks)
         self.associations.to(self.prompt)
         self.width = 2 * nu * key_dim
 
