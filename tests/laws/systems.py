@@ -67,7 +67,7 @@ def _systems() -> list[System]:
     for entry in rm.catalog():
         if "mixer" in entry.kinds:
             build, tokens = functools.partial(rm.mixer, entry.slug, dim=DIM), False
-        elif entry.kind == "segment-memory":
+        elif "segment-memory" in entry.kinds:
             build, tokens = (lambda slug=entry.slug, **hyper: rm.memory(slug, backbone=_backbone(), **hyper)), True
         elif entry.kind == "model":
             build, tokens = entry.builder, True

@@ -110,6 +110,10 @@ class SegmentMemory(Model):
     def initial(self, h: Tensor) -> State:
         raise NotImplementedError
 
+    def restart(self, rows: Tensor, memory: State, h: Tensor) -> State:
+        """`memory` with that of a fresh document in `rows` [B] bool. A memory that grows overrides this: shapes would not agree."""
+        return select_rows(rows, self.initial(h), memory)
+
     def advance(self, h: Tensor, memory: State, open: State | None, piece: Piece) -> tuple[Tensor, State, State | None]:
         raise NotImplementedError
 
@@ -166,7 +170,7 @@ class SegmentMemory(Model):
             here = cursor.clamp(max=length - 1)[:, None]
             fresh = active & reset.gather(1, here)[:, 0]
             if bool(fresh.any()):
-                memory = select_rows(fresh, self.initial(h), memory)
+                memory = self.restart(fresh, memory, h)
                 phase = torch.where(fresh, 0, phase)
             size = torch.minimum(self.segment - phase, document.gather(1, here)[:, 0] - cursor) * active  # [B]
             offset = torch.arange(int(size.max()), device=h.device)
