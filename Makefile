@@ -24,6 +24,7 @@ docs: $(DEV)
 gpu: $(DEV)
 	$(BIN)/remanence doctor
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/remanence bench speed --device cuda --json results/gpu.json
 
 bench: $(DEV)
 	$(BIN)/remanence bench speed --lengths 512,2048,8192 --json results/speed.json --plot results/speed.png

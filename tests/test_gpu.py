@@ -1,16 +1,20 @@
-"""Every mixer and memory gives on a GPU what it gives on a CPU, and continues a state that was moved there: `make gpu`."""
+"""Every mixer and memory gives on a GPU what it gives on a CPU, with our Triton kernels what the equation gives: `make gpu`."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
 
 import remanence as rm
-from helpers import assert_close
+from helpers import assert_close, assert_gradients_close
+from remanence.errors import BackendError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
+
+WITH_BACKEND = [entry for entry in rm.catalog("mixer") if "backend" in inspect.signature(entry.builder).parameters]
 
 
 @pytest.mark.parametrize("entry", rm.catalog("mixer"), ids=lambda entry: entry.slug)
@@ -38,3 +42,35 @@ def test_segment_memories(slug):
     there = copy.deepcopy(here).cuda()
     ids = torch.randint(0, 50, (2, 70))
     assert_close("logits", there(ids.cuda()).logits.cpu(), here(ids).logits, 1e-4)
+
+
+def outcome(entry, dtype, span, **given):
+    """Outputs, final state and gradients on the GPU, from a state that a prefix left; weights and inputs are the same for every dtype."""
+    torch.manual_seed(0)
+    mixer = rm.mixer(entry.slug, dim=32, **{**entry.example, **given}).to("cuda", dtype)
+    before, x, weight = (torch.randn(2, length, 32, dtype=torch.float64).to("cuda", dtype) for length in (9, 100, 100))
+    with torch.no_grad():
+        _, state = mixer(before)
+    leaves = {"x": x.requires_grad_(), **dict(mixer.named_parameters())}
+    y, end = mixer(x, state, span)
+    found = torch.autograd.grad((y * weight).sum(), list(leaves.values()), allow_unused=True)
+    return y, end, {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), found)}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("entry", WITH_BACKEND, ids=lambda entry: entry.slug)
+def test_kernels_are_the_equation(entry, padded):
+    """Law 4 with backend="triton": values, final states and gradients of the kernels are those of the loop over tokens in float64."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(1)
+    span = rm.Span(torch.rand(2, 100).cuda() < 0.8, torch.rand(2, 100).cuda() < 0.05) if padded else None
+    y, end, grads = outcome(entry, torch.float64, span, backend="naive")
+    for dtype, tol, grad_tol in ((torch.float64, 1e-9, 1e-9), (torch.float32, 1e-5, 1e-4)):
+        try:
+            got, last, got_grads = outcome(entry, dtype, span, backend="triton")
+        except BackendError as error:
+            pytest.skip(str(error))
+        assert_close(f"{dtype} outputs", got, y, tol)
+        for (name, tensor), (_, want) in zip(last.named_tensors(), end.named_tensors(), strict=True):
+            assert_close(f"{dtype} state {name}", tensor, want, tol)
+        assert_gradients_close(f"{dtype}", got_grads, grads, grad_tol)

@@ -23,7 +23,7 @@ LAYERS = (
     ("ops",),
     ("mixers", "tables"),
     ("models",),
-    ("memory", "banks", "depth", "caches"),
+    ("memory", "banks", "depth", "caches", "inference"),
     ("hf", "convert"),
     ("train", "tasks"),
     ("evaluate", "inspect", "session"),

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import banks as _banks  # noqa: F401 (importing a package registers its systems)
+from . import convert as _convert  # noqa: F401
+from . import domains as _domains  # noqa: F401
 from . import errors
-from . import memory as _memory  # noqa: F401 (importing a package registers its systems)
+from . import hf as _hf  # noqa: F401
+from . import inference as _inference  # noqa: F401
+from . import inspect as _inspect  # noqa: F401
+from . import memory as _memory  # noqa: F401
 from . import mixers as _mixers  # noqa: F401
 from . import models as _models  # noqa: F401
 from . import tasks as _tasks  # noqa: F401
+from . import train as _train  # noqa: F401
 from .catalog import Entry, catalog, find
 from .errors import UsageError
 from .mixers import Mixer
@@ -53,9 +60,17 @@ def model(config: ModelConfig | str, **hyper: Any) -> Model:
     return find(config, ("model",)).builder(**hyper)
 
 
-def memory(slug: str, backbone: Model, **hyper: Any) -> Model:
-    """A segment or external memory around a model; itself a Model. Raises UnknownName with the nearest slugs."""
-    return find(slug, ("segment-memory", "external-memory")).builder(backbone, **hyper)
+def memory(slug: str, backbone: Model | Any, **hyper: Any) -> Model:
+    """A segment or external memory around a model; itself a Model. Raises UnknownName with the nearest slugs.
+
+    backbone: a Model, or a causal language model of transformers, which hf.CausalLM makes one of.
+    """
+    entry = find(slug, ("segment-memory", "external-memory"))
+    if "mixer" in entry.kinds:
+        raise UsageError(f"{entry.slug} is a layer and goes around no model; name it among a model's layers, or rm.mixer({entry.slug!r}).")
+    if not isinstance(backbone, Model) and any(kind.__module__.split(".")[0] == "transformers" for kind in type(backbone).__mro__):
+        backbone = _hf.CausalLM(backbone)
+    return entry.builder(backbone, **hyper)
 
 
 def task(slug: str) -> Any:

@@ -111,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--mixers", metavar="A,B", help="slugs (default: all mixers)")
     sub.add_argument("--lengths", default="2048", help="tokens, e.g. 512,2048")
     sub.add_argument("--repeats", type=_positive, default=5, help="rounds, of which the median counts (default: 5)")
+    sub.add_argument("--device", default="cpu", help="cpu (float32, the default) or cuda (bfloat16)")
     sub.add_argument("--json", metavar="FILE", help="write rows after each mixer, and continue such a file")
     sub.add_argument("--plot", metavar="FILE", help="a figure of the longest of the lengths up to 2048")
 
@@ -272,7 +273,7 @@ def _bench(args: argparse.Namespace) -> None:
             speed.write_json(args.json, rows, speed.meta(dim=512, layers=8, vocab=4096, threads=1, dtype="float32"))
         print_table(rows)
         return
-    rows = speed.speed_to_file(args.json, mixers, lengths, repeats=args.repeats)
+    rows = speed.speed_to_file(args.json, mixers, lengths, args.repeats, args.device)
     speed.print_table(rows)
     if args.plot:
         from .evaluate.plots import speed as plot

@@ -43,7 +43,8 @@ def _devices() -> Iterator[dict[str, Any]]:
 
 
 def _rules() -> Iterator[dict[str, str]]:
-    """For each rule of ops/: the form that `auto` runs for one token and for many, and why."""
+    """For each rule of ops/: the form that `auto` runs here for one token and for many, why, and the backends that may be named."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in sorted(iter_modules(ops.__path__), key=lambda module: module.name):
         if not module.ispkg:
             continue
@@ -52,12 +53,13 @@ def _rules() -> Iterator[dict[str, str]]:
         if "naive" not in forms:
             yield {"rule": module.name, "one_token": "torch", "many_tokens": "torch", "why": "it has one form, in plain PyTorch"}
             continue
-        if "triton" not in forms:
-            why = "it has no triton form"
-        else:
-            why = "a GPU is there" if torch.cuda.is_available() else "no GPU is there, so not triton"
-        one, many = (name if name in forms else "torch" for name in (backend.pick("auto", 1), backend.pick("auto", 2)))
-        yield {"rule": module.name, "one_token": one, "many_tokens": many, "why": why}
+        kernels: dict[str, str] = dict.fromkeys(backend.KERNELS, "") if "triton" in forms else {}  # a rule's triton.py holds both
+        picked = (backend.pick("auto", length, device, kernels) for length in (1, 2))
+        one, many = (name if name in forms else "torch" for name in picked)
+        why = backend.obstacle("triton", device, kernels)
+        why = f"not triton: {why}" if why else "calls that the kernel does not take run torch's chunk form"
+        named = ["torch", "naive", *(name for name in kernels if not backend.obstacle(name, device, kernels))]
+        yield {"rule": module.name, "one_token": one, "many_tokens": many, "why": why, "by_name": ", ".join(named)}
 
 
 def _extras() -> Iterator[dict[str, Any]]:

@@ -53,3 +53,10 @@ def divides(name: str, part: int, whole_name: str, whole: int) -> None:
     """Check that `part` divides `whole`."""
     if whole % part:
         raise UsageError(f"{name}={part} does not divide {whole_name}={whole}.")
+
+
+def even_heads(heads: int, dim: int) -> None:
+    """Check that `heads` divides `dim` into heads of even width, whose channels rotary positions can pair."""
+    divides("heads", heads, "dim", dim)
+    if dim // heads % 2:
+        raise UsageError(f"heads={heads} makes dim={dim} into heads of width {dim // heads}; it must be even, for rotary positions.")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from remanence.catalog import catalog
-from remanence.errors import UsageError
+from remanence.errors import BackendError, UsageError
 from remanence.evaluate import speed as module
 from remanence.evaluate.speed import meta, print_table, speed, write_json
 
@@ -70,6 +70,18 @@ def test_a_file_is_continued(tmp_path: Path) -> None:
     file.write_text("[]")
     with pytest.raises(UsageError, match="not a file of speed rows"):
         module.speed_to_file(file, ["mingru"], [8])
+
+
+def test_devices(tmp_path: Path) -> None:
+    """A device that is not there is refused, and so are rows from another one in the file that would be continued."""
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendError, match="no CUDA device here"):
+            speed(["mingru"], device="cuda", **SMALL)
+    other = meta()
+    other["environment"]["device"] = "an accelerator"
+    write_json(tmp_path / "speed.json", [], other)
+    with pytest.raises(UsageError, match="holds rows from an accelerator, and this is cpu"):
+        module.speed_to_file(tmp_path / "speed.json", ["mingru"], [8], repeats=1)
 
 
 def test_json(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..catalog import catalog, find
-from ..errors import UsageError, positive, unknown
+from ..errors import BackendError, UsageError, positive, unknown
 from ..files import write_text
 from ..mixers import Mixer
+from ..train.config import TrainConfig
 from ..train.environment import environment
 
 DECODE = {"decode B=1": 1, "decode B=16": 16}
@@ -44,7 +45,7 @@ def _llama(mixer: Any) -> dict[str, Layer]:
     )
     config._attn_implementation = "sdpa"
     layer, rope = LlamaAttention(config, 0), LlamaRotaryEmbedding(config)
-    return {"LlamaAttention, sdpa": lambda x: layer(x, rope(x, torch.arange(x.shape[1])[None]), None)[0]}
+    return {"LlamaAttention, sdpa": lambda x: layer(x, rope(x, torch.arange(x.shape[1], device=x.device)[None]), None)[0]}
 
 
 def _qwen3_next(mixer: Any) -> dict[str, Layer]:
@@ -89,7 +90,7 @@ def _recurrent_gemma(mixer: Any) -> dict[str, Layer]:
     layer = RecurrentGemmaRecurrentBlock(RecurrentGemmaConfig(hidden_size=dim, lru_width=dim, num_attention_heads=heads), 0)
     for weight in layer.parameters():  # it leaves some uninitialised
         nn.init.normal_(weight, std=0.02)
-    return {"RecurrentGemmaRecurrentBlock": lambda x: layer(x, torch.arange(x.shape[1])[None], None, use_cache=False)[0]}
+    return {"RecurrentGemmaRecurrentBlock": lambda x: layer(x, torch.arange(x.shape[1], device=x.device)[None], None, use_cache=False)[0]}
 
 
 def _mingru(mixer: Any) -> dict[str, Layer]:
@@ -136,8 +137,9 @@ def _xlstm(mixer: Any) -> dict[str, Layer]:
 
 def _rnn(mixer: Any) -> dict[str, Layer]:
     kind = {"lstm": nn.LSTM, "gru": nn.GRU, "elman": nn.RNN}[mixer.config["cell"]]
-    layer = kind(mixer.config["dim"], mixer.config["dim"], batch_first=True)
-    return {f"nn.{kind.__name__}": lambda x: layer(x)[0]}
+    dim = mixer.config["dim"]
+    layer, out = kind(dim, dim, batch_first=True), nn.Linear(dim, dim, bias=False)  # ours ends in a projection, so does its peer
+    return {f"nn.{kind.__name__} and nn.Linear": lambda x: out(layer(x)[0])}
 
 
 def _up_to(longest: int, layer: Layer) -> Layer:
@@ -162,14 +164,37 @@ PEERS: dict[str, tuple[str, Callable[[Any], dict[str, Layer]]]] = {
 
 
 def peers(mixer: Mixer) -> tuple[str | None, dict[str, Layer]]:
-    """The peer's distribution and its layers; (name, {}) if it is not installed, (None, {}) if the mixer has no peer."""
+    """The peer's distribution and its layers by their full names, where the mixer is and in its dtype.
+
+    (name, {}) if it is not installed, (None, {}) if the mixer has no peer. On a GPU the mixer with fla's kernels is one more.
+    """
+    weight = next(mixer.parameters())
+    layers = fla_kernels(mixer) if weight.is_cuda else {}
     if mixer.slug not in PEERS:
-        return None, {}
+        return ("fla-core" if layers else None), layers
     name, factory = PEERS[mixer.slug]
+    before = torch.get_default_dtype()
     try:
-        return name, factory(mixer)
+        torch.set_default_dtype(weight.dtype)  # as transformers does for a model that it loads in a shorter dtype
+        with weight.device:
+            return name, {f"{name} {layer}": run for layer, run in factory(mixer).items()} | layers
     except ImportError:
-        return name, {}
+        return name, layers
+    finally:
+        torch.set_default_dtype(before)
+
+
+def fla_kernels(mixer: Mixer) -> dict[str, Layer]:
+    """The mixer with backend="fla", if it has such a choice, its rule has such a form, and fla-core is installed."""
+    if "backend" not in mixer.config:
+        return {}
+    weight = next(mixer.parameters())
+    layer = find(mixer.slug, ("mixer",)).builder(**{**mixer.config, "backend": "fla"}).to(weight.device, weight.dtype)
+    try:
+        layer(weight.new_zeros(1, 2, mixer.config["dim"]))
+    except BackendError:
+        return {}
+    return {"fla-core kernels in our layer": lambda x: layer(x)[0]}
 
 
 def floor(dim: int) -> nn.Module:
@@ -178,22 +203,29 @@ def floor(dim: int) -> nn.Module:
 
 
 def build(slug: str, dim: int, heads: int) -> Mixer:
-    """A mixer at its defaults, with `heads` if it has such a thing; nonlinear cells get one head, as their peers have."""
+    """A mixer at its defaults, with `heads` if it has such a thing."""
     entry = find(slug, ("mixer",))
     takes = inspect.signature(entry.builder.__init__).parameters
-    hyper = {"heads": 1 if "cell" in takes else heads} if "heads" in takes else {}
+    hyper = {"heads": heads} if "heads" in takes else {}
     return entry.builder(dim=dim, **hyper)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def seconds(layer: Layer, x: Tensor, backward: bool) -> float:
     """One pass; the backward one goes to the input and to every parameter."""
     x = x.detach().requires_grad_(backward)
     with torch.set_grad_enabled(backward):
-        start = time.perf_counter()
+        start = clock(x.device)
         y = layer(x)
         if backward:
             y.sum().backward()
-        end = time.perf_counter()
+        end = clock(x.device)
     if isinstance(layer, nn.Module):
         layer.zero_grad(set_to_none=True)
     return end - start
@@ -215,7 +247,8 @@ def take_turns(layers: dict[str, Layer], x: Tensor, backward: bool, repeats: int
 
 def take_steps(mixer: Mixer, bottom: nn.Module, length: int, batch: int, repeats: int, steps: int = 16) -> tuple[dict[str, float], int]:
     """Median tokens per second, one token at a time after `length` of them, of the mixer and of the floor; and bytes of state a row."""
-    x = torch.randn(batch, length, mixer.config["dim"])
+    weight = next(mixer.parameters())
+    x = torch.randn(batch, length, mixer.config["dim"], device=weight.device, dtype=weight.dtype)
     times: dict[str, list[float]] = {"ours": [], "floor": []}
     with torch.no_grad():
         _, start = mixer(x[:1])
@@ -223,15 +256,16 @@ def take_steps(mixer: Mixer, bottom: nn.Module, length: int, batch: int, repeats
         start = start.rows([0] * batch)
         for turn in range(repeats + 1):
             state: Any = start
-            begin = time.perf_counter()
+            begin = clock(x.device)
             for t in range(steps):
                 _, state = mixer(x[:, t % length, None], state)
-            middle = time.perf_counter()
+            middle = clock(x.device)
             for t in range(steps):
                 bottom(x[:, t % length, None])
+            end = clock(x.device)
             if turn:
                 times["ours"].append(middle - begin)
-                times["floor"].append(time.perf_counter() - middle)
+                times["floor"].append(end - middle)
     return {name: batch * steps / statistics.median(spent) for name, spent in times.items()}, size
 
 
@@ -243,13 +277,15 @@ def speed(
     batch: int = 1,
     repeats: int = 5,
     passes: Sequence[str] = PASSES,
+    device: str = "cpu",
 ) -> list[Row]:
-    """Rows {mixer, length, pass, tokens_per_s, peer, peer_tokens_per_s, ratio_to_peer, ratio_to_floor, state_bytes}, fp32.
+    """Rows {mixer, length, pass, tokens_per_s, peer, peer_tokens_per_s, ratio_to_peer, ratio_to_floor, state_bytes}.
 
-    mixers: default, all. A ratio above 1 means that ours is faster. A peer that is not installed, or too slow for the length, is null in
-    numbers and its name says so; a mixer without a peer has null there, as has decoding, for which the peers' caches differ too much.
+    mixers: default, all. Layers are float32 on a CPU and bfloat16 on a GPU. A ratio above 1 means that ours is faster. A peer that is not
+    installed, or too slow for the length, is null in numbers and its name says so; a mixer without a peer has null there, as has decoding,
+    for which the peers' caches differ too much.
     state_bytes: of one row after `length` tokens, in the rows of decoding. Raises UnknownName on an unknown slug or pass, UsageError on a
-    length or count that is not >= 1.
+    length or count that is not >= 1, BackendError on a device that is not there.
     """
     positive(dim=dim, heads=heads, batch=batch, repeats=repeats, **{f"lengths[{i}]": length for i, length in enumerate(lengths)})
     for name in passes:
@@ -258,13 +294,20 @@ def speed(
     slugs = [entry.slug for entry in catalog("mixer")] if mixers is None else list(mixers)
     if not slugs or not lengths or not passes:
         raise UsageError("mixers, lengths or passes is empty; each needs at least one item.")
-    return [row for slug in slugs for row in rows_of(build(slug, dim, heads), lengths, batch, repeats, passes)]
+    there, dtype = place(device)
+    return [row for slug in slugs for row in rows_of(build(slug, dim, heads).to(there, dtype), lengths, batch, repeats, passes)]
+
+
+def place(device: str) -> tuple[torch.device, torch.dtype]:
+    """The device, and the dtype that layers are timed in there. Raises BackendError if it is not there."""
+    there = TrainConfig(device=device).torch_device
+    return there, torch.float32 if there.type == "cpu" else torch.bfloat16
 
 
 def rows_of(ours: Mixer, lengths: Sequence[int], batch: int, repeats: int, passes: Sequence[str]) -> list[Row]:
     """The rows of one mixer; see `speed`."""
-    dim = ours.config["dim"]
-    bottom = floor(dim)
+    dim, weight = ours.config["dim"], next(ours.parameters())
+    bottom = floor(dim).to(weight)
     source, theirs = peers(ours)
     layers: dict[str, Layer] = {"ours": lambda x: ours(x)[0], "floor": bottom, **theirs}
     rows = []
@@ -274,10 +317,10 @@ def rows_of(ours: Mixer, lengths: Sequence[int], batch: int, repeats: int, passe
             if name in DECODE:
                 rate, size = take_steps(ours.eval(), bottom, length, DECODE[name], repeats)
             else:
-                rate = take_turns(layers, torch.randn(batch, length, dim), name == "forward+backward", repeats)
+                rate = take_turns(layers, weight.new_empty(batch, length, dim).normal_(), name == "forward+backward", repeats)
                 timed = [layer for layer in theirs if layer in rate]
                 best = max(timed, key=rate.__getitem__) if timed else None
-                label = f"{source} {best}" if best else source and f"{source} ({'too slow' if theirs else 'not installed'})"
+                label = best or (source and f"{source} ({'too slow' if theirs else 'not installed'})")
             rows.append(
                 {
                     "mixer": ours.slug,
@@ -294,15 +337,15 @@ def rows_of(ours: Mixer, lengths: Sequence[int], batch: int, repeats: int, passe
     return rows
 
 
-def meta(**setting: Any) -> Row:
+def meta(device: torch.device | str = "cpu", **setting: Any) -> Row:
     """What the rows were measured with: the setting, the machine, the commit, the peers' versions (null where not installed)."""
     versions: dict[str, str | None] = {}
-    for name in sorted({source for source, _ in PEERS.values()}):
+    for name in sorted({"fla-core", *(source for source, _ in PEERS.values())}):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    return {"setting": setting, "environment": environment(), "peers": versions}
+    return {"setting": setting, "environment": environment(device), "peers": versions}
 
 
 def write_json(path: str | Path, rows: Sequence[Row], meta: Row) -> None:
@@ -310,21 +353,32 @@ def write_json(path: str | Path, rows: Sequence[Row], meta: Row) -> None:
     write_text(path, json.dumps({"rows": list(rows), "meta": meta}, indent=2) + "\n")
 
 
-def speed_to_file(path: str | Path | None, mixers: Sequence[str], lengths: Sequence[int], repeats: int = 5) -> list[Row]:
-    """As `speed`, with the rows written to `path` after every mixer; what the file already holds is not measured again."""
+def speed_to_file(
+    path: str | Path | None, mixers: Sequence[str], lengths: Sequence[int], repeats: int = 5, device: str = "cpu"
+) -> list[Row]:
+    """As `speed`, with the rows written to `path` after every mixer; what the file already holds is not measured again.
+
+    Raises UsageError if the file holds something else, or rows from another device.
+    """
+    there, dtype = place(device)
     rows: list[Row] = []
     if path and Path(path).is_file():
         try:
-            rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            rows, before = found["rows"], found["meta"]["environment"]["device"]
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} is not a file of speed rows ({type(error).__name__}: {error}); name another or remove it.") from error
+        here = environment(there)["device"]
+        if before != here:
+            raise UsageError(f"{path} holds rows from {before}, and this is {here}; name another file or remove it.")
+    setting = {"lengths": list(lengths), "dim": 256, "heads": 4, "batch": 1, "dtype": str(dtype).removeprefix("torch."), "repeats": repeats}
     for slug in mixers:
         known = {row["length"] for row in rows if row["mixer"] == slug}
         missing = [length for length in lengths if length not in known]
         if missing:
-            rows += speed([slug], missing, repeats=repeats)
+            rows += speed([slug], missing, repeats=repeats, device=device)
             if path:
-                write_json(path, rows, meta(lengths=list(lengths), dim=256, heads=4, batch=1, dtype="float32", repeats=repeats))
+                write_json(path, rows, meta(there, **setting))
     return rows
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..catalog import find, system
-from ..errors import UsageError
+from ..errors import even_heads
 from ..ops.backend import accumulate_dtype
 from ..ops.softmax import DEAD, attend
 from ..span import Span, documents, last_inputs, positions
@@ -79,8 +79,7 @@ class BMojo(Mixer):
         theta: float = 10000.0,
     ):
         super().__init__()
-        if dim % (2 * heads):
-            raise UsageError(f"heads={heads} does not divide dim={dim} into heads of even size, which rotary positions need.")
+        even_heads(heads, dim)
         self.heads, self.window, self.theta = heads, window, theta
         self.eidetic, self.summaries = eidetic or 0, summaries or 0
         self.fading = find(fading, ("mixer",)).builder(dim=dim, **(fading_config or {}))

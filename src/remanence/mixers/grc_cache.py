@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..catalog import system
-from ..errors import UsageError, divides
+from ..errors import UsageError, even_heads
 from ..ops.softmax import attend
 from ..state import State
 from .attention import rotate
@@ -49,7 +49,7 @@ class GRCCache(SegmentMixer):
 
     def __init__(self, dim: int, heads: int = 4, segment: int = 128, slots: int | None = None, ratio: float = 0.5, theta: float = 10000.0):
         super().__init__()
-        divides("2 heads", 2 * heads, "dim", dim)
+        even_heads(heads, dim)
         width = int(dim * ratio)
         if not 0 < ratio <= 1 or width % heads or not width:
             raise UsageError(f"ratio={ratio} of dim={dim} is {width} channels; they must be a multiple of heads={heads}, at most dim.")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..catalog import system
-from ..errors import UsageError, divides
+from ..errors import UsageError, even_heads
 from ..ops.backend import accumulate_dtype
 from ..state import State
 from .attention import rotate
@@ -53,7 +53,7 @@ class InfiniAttention(SegmentMixer):
 
     def __init__(self, dim: int, heads: int = 4, segment: int = 128, rule: str = "linear", theta: float = 10000.0):
         super().__init__()
-        divides("2 heads", 2 * heads, "dim", dim)
+        even_heads(heads, dim)
         if rule not in ("linear", "delta"):
             raise UsageError(f"rule is {rule!r}; it may be 'linear' or 'delta'.")
         self.heads, self.segment, self.rule, self.theta = heads, segment, rule, theta

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...span import Span
-from ..backend import accumulate_dtype, pick
+from ..backend import KERNELS, WIDEST, accumulate_dtype, no_fla, pick
 from .chunk import chunk
 from .naive import naive
 from .step import step
@@ -38,7 +38,15 @@ def delta(
         if span.valid is not None:
             real = span.valid[..., None]
             g, beta = g * real, beta * real
-    q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
-    rule = {"naive": naive, "step": step, "chunk": chunk}[pick(backend, q.shape[1])]
+    no_triton = f"its triton form takes at most {WIDEST} key channels a head" if q.shape[-1] > WIDEST else ""
+    form = pick(backend, q.shape[1], v.device, {"triton": no_triton, "fla": no_fla(reset)})
+    g, beta = g.to(dtype), beta.to(dtype)
+    if form in KERNELS:  # they take q, k, v as they come
+        from . import triton
+
+        rule = triton.fla if form == "fla" else triton.chunk
+    else:
+        rule = {"naive": naive, "step": step, "chunk": chunk}[form]
+        q, k, v = (x.to(dtype) for x in (q, k, v))
     o, S = rule(q, k, v, g, beta, None if initial is None else initial.to(dtype), reset)
     return o.to(out), S

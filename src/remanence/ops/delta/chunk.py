@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,36 @@ def add_product(total: Tensor, A: Tensor, B: Tensor, alpha: float = 1) -> Tensor
     return total
 
 
+class Loops(NamedTuple):
+    """What goes from chunk to chunk, as `run` and `run_back` do: all else is done for all chunks at once."""
+
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+
+
+def run(X: Tensor, news: Tensor, readers: Tensor, writers: Tensor, across: Tensor, states: Tensor) -> None:
+    """From states[0]: news[n] <- X (news - readers S), states[n + 1] <- across S + writers news[n], with S = states[n]; in place.
+
+    X [N, M, C, C], news [N, M, C, V], readers [N, M, C, K], writers [N, M, K, C], across [N, M, 1, 1], states [N + 1, M, K, V].
+    """
+    for R, W, x, new, decay, before, after in zip(readers, writers, X, news, across, states, states[1:]):
+        new.copy_(x @ torch.baddbmm(new, R, before, alpha=-1))  # [M, C, V]
+        torch.mul(before, decay, out=after).baddbmm_(W, new)
+
+
+def run_back(X: Tensor, p: Tensor, readers: Tensor, writers: Tensor, across: Tensor, d_states: Tensor) -> None:
+    """The transpose, from d_states[N]: p[n] <- X^T (p + writers D), d_states[n] += across D - readers p[n], with D = d_states[n + 1].
+
+    Shapes as in `run`, but readers [N, M, K, C] and writers [N, M, C, K].
+    """
+    for n in reversed(range(len(X))):
+        p[n] = X[n].mT @ torch.baddbmm(p[n], writers[n], d_states[n + 1])
+        d_states[n].addcmul_(d_states[n + 1], across[n]).baddbmm_(readers[n], p[n], alpha=-1)
+
+
+LOOPS = Loops(run, run_back)
+
+
 class _Chunks(torch.autograd.Function):
     """q, k [N, M, C, K], v [N, M, C, V], running log decays g and beta b [N, M, C], S [M, K, V] with M = B H -> o like v, final S.
 
@@ -51,7 +82,7 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, S: Tensor, document: Tensor | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, S: Tensor, document: Tensor | None, loops: Loops
     ) -> tuple[Tensor, Tensor]:
         within, from_start, to_end, across = decays(g, document)
         b, from_start, to_end, across = b[..., None], from_start[..., None], to_end[..., None], across[..., None, None]
@@ -59,12 +90,11 @@ class _Chunks(torch.autograd.Function):
         states, news = S.new_empty(len(q) + 1, *S.shape), v * b  # news: what is to be written, then what is
         states[0] = S
         readers, writers = k * (b * from_start), (k * to_end).mT
-        for R, W, x, new, decay, before, after in zip(readers, writers, X, news, across, states, states[1:]):
-            new.copy_(x @ torch.baddbmm(new, R, before, alpha=-1))  # [M, C, V]
-            torch.mul(before, decay, out=after).baddbmm_(W, new)
+        loops.forward(X, news, readers, writers, across, states)
         attention = (q @ k.mT).mul_(within)
         o = (q @ states[:-1]).mul_(from_start)
         add_product(o, attention, news)
+        ctx.loops = loops
         ctx.save_for_backward(q, k, v, b, within, from_start, to_end, across, X, states, news, attention)
         return o, states[-1].clone()
 
@@ -76,9 +106,7 @@ class _Chunks(torch.autograd.Function):
         p, d_states = attention.mT @ do, torch.empty_like(states)  # what o alone gives: to news, and to the state before each chunk
         torch.bmm(q.mT.flatten(0, 1), do_read.flatten(0, 1), out=d_states[:-1].flatten(0, 1))
         d_states[-1] = dS
-        for n in reversed(range(len(q))):
-            p[n] = X[n].mT @ torch.baddbmm(p[n], writers[n], d_states[n + 1])
-            d_states[n].addcmul_(d_states[n + 1], across[n]).baddbmm_(readers[n], p[n], alpha=-1)
+        ctx.loops.backward(X, p, readers, writers, across, d_states)
         before, after = states[:-1].mT, d_states[1:]
         d_scores = (do @ news.mT).mul_(within)
         dA = (p @ news.mT).mul_(within)
@@ -91,7 +119,7 @@ class _Chunks(torch.autograd.Function):
         db = (p * v).sum(-1) + k_read
         dg = (q * dq).sum(-1) + b[..., 0] * k_read - (k * write).sum(-1)
         dg[..., -1] += (states[1:] * after).sum((-2, -1))
-        return dq, write.addcmul_(b, read), p.mul_(b), dg, db, d_states[0], None
+        return dq, write.addcmul_(b, read), p.mul_(b), dg, db, d_states[0], None, None
 
 
 def chunk(
@@ -103,6 +131,7 @@ def chunk(
     initial: Tensor | None = None,
     reset: Tensor | None = None,
     size: int | None = None,
+    loops: Loops = LOOPS,
 ) -> tuple[Tensor, Tensor]:
     """As `naive`, any T. With g the running sum of log decays inside a chunk of C tokens and G_ij = exp(g_i - g_j) for i >= j:
 
@@ -110,7 +139,7 @@ def chunk(
         O = exp(g) (Q S) + (Q K^T * G) V'      S <- exp(g_C) S + (exp(g_C - g) K)^T V'
 
     Everything but the three products that need S is done for all chunks at once. A reset cuts G (no product crosses it) and drops the
-    carried S, so no decay has to be -inf. First-order gradients only.
+    carried S, so no decay has to be -inf. loops: what goes from chunk to chunk. First-order gradients only.
     """
     batch, length, heads, _ = q.shape
     size = min(size or CHUNK.get(v.device.type, 64), length)
@@ -122,5 +151,5 @@ def chunk(
     document = documents(reset, size)
     document = None if document is None else document.expand(-1, -1, heads, -1).flatten(1, 2)
     with torch.autocast(v.device.type, enabled=False):
-        o, S = _Chunks.apply(rows(q), rows(k), rows(v), rows(log_decay).cumsum(-1), rows(beta), S.flatten(0, 1), document)
+        o, S = _Chunks.apply(rows(q), rows(k), rows(v), rows(log_decay).cumsum(-1), rows(beta), S.flatten(0, 1), document, loops)
     return join(o.unflatten(1, (batch, heads)).transpose(2, 3), length), S.unflatten(0, (batch, heads))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import ShapeError
 from ...span import Span
-from ..backend import accumulate_dtype, pick
+from ..backend import KERNELS, accumulate_dtype, no_fla, pick
 from . import keys
 from .chunk import chunk
 from .naive import naive
@@ -55,15 +55,22 @@ def outer(
         if span.valid is not None:
             real = span.valid[..., None]
             g, k = g * (real[..., None] if by_key else real), k * real[..., None]
-    q, k, v, g = (x.to(dtype) for x in (q, k, v, g))
-    initial = None if initial is None else initial.to(dtype)
-    form = pick(backend, q.shape[1])
-    if form != "chunk":
+    no_triton = "its triton form takes one decay a head, not one for every key channel" if by_key else ""
+    form = pick(backend, q.shape[1], v.device, {"triton": no_triton, "fla": no_fla(reset)})
+    g, initial, bonus = g.to(dtype), None if initial is None else initial.to(dtype), None if bonus is None else bonus.to(dtype)
+    if form not in KERNELS or bonus is not None:  # kernels take them as they come
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+    if form in ("naive", "step"):
         rule = naive if form == "naive" else step
-        o, S = rule(q, k, v, g, initial, reset, None if bonus is None else bonus.to(dtype))
+        o, S = rule(q, k, v, g, initial, reset, bonus)
+        return o.to(out), S
+    if form in KERNELS:
+        from . import triton
+
+        rule = triton.fla if form == "fla" else triton.chunk
     else:
         rule = keys.chunk if by_key else chunk
-        o, S = rule(q, k, v, g, initial, reset) if bonus is None else read_before(rule, q, k, v, g, bonus.to(dtype), initial, reset)
+    o, S = rule(q, k, v, g, initial, reset) if bonus is None else read_before(rule, q, k, v, g, bonus, initial, reset)
     return o.to(out), S
 
 

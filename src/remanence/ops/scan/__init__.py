@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...span import Span
-from ..backend import accumulate_dtype, pick
+from ..backend import KERNELS, accumulate_dtype, no_fla, pick
 from .chunk import chunk
 from .naive import naive
 from .step import step
@@ -27,6 +27,13 @@ def scan(log_a: Tensor, b: Tensor, initial: Tensor | None = None, span: Span | N
         if span.valid is not None:
             padding = ~span.valid[..., None]
             log_a, b = log_a.masked_fill(padding, 0), b.masked_fill(padding, 0)
-    rule = {"naive": naive, "step": step, "chunk": chunk}[pick(backend, b.shape[1])]
+    real_only = "fla's kernel is for real numbers" if dtype.is_complex else ""
+    form = pick(backend, b.shape[1], b.device, {"triton": "", "fla": real_only or no_fla(reset)})
+    if form in KERNELS:
+        from . import triton
+
+        rule = triton.fla if form == "fla" else triton.chunk
+    else:
+        rule = {"naive": naive, "step": step, "chunk": chunk}[form]
     h, last = rule(log_a.to(dtype), b.to(dtype), None if initial is None else initial.to(dtype), reset)
     return h.to(out), last
