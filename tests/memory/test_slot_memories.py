@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from segment_memories import VOCAB, build, cross_attention, ids_of, slot_attention, softmax_loop, through
 from torch import Tensor
 
 from helpers import assert_close, assert_gradients_close
 from parity import assert_parity
 from remanence import Model
 from remanence.train import replay
+from segment_memories import VOCAB, build, cross_attention, ids_of, slot_attention, softmax_loop, through
 
 S, K = 6, 3
 T = 3 * S + 4
