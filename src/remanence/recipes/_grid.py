@@ -7,6 +7,7 @@ its cell, and cells that are done are not run again.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from ..state import State
 from ..tasks.base import IGNORE
 from ..tasks.symbols import Arrays
 from ..train import Curriculum, Piece, TrainConfig, environment, train
-from ._results import Row, merge_rows
+from ._results import Row, refuse_folder, resumed
 
 Make = Callable[..., Arrays]
 """make(rng, rows, size, **options) -> ids and targets; `size` is what the curriculum grows and the tests vary: pairs, or tokens."""
@@ -201,11 +202,9 @@ class Grid:
         """Run the cells that `out` has no rows of for this seed and number of steps; returns cell -> accuracy by size."""
         path, ends = Path(out) / "results.json", {}
         for cell in self.cells:
-            rows = merge_rows(path, [], "", self._meta()) if resume else []
-            mine = [row for row in rows if row["memory"] == cell.name and (row["seed"], row["budget"]) == (self.seed, self.steps)]
-            if not mine:
-                mine = self._run(cell, Path(out), resume, quiet)
-                self.figure(merge_rows(path, mine, cell.name, self._meta()), Path(out) / "curve.png")
+            key = {"seed": self.seed, "budget": self.steps}
+            run = functools.partial(self._run, cell, Path(out), resume, quiet)
+            mine = resumed(path, cell.name, key, run, self._meta(), self.figure, resume)
             ends[cell.name] = {row[self.axis]: row["accuracy"] for row in mine}
             if not quiet:
                 print(
@@ -260,6 +259,28 @@ class Grid:
             score, length = self.test(model, cell, size, self.seed + 2, self.n)
             rows.append(common | {self.axis: size, "tokens": length, "state_bytes": state_bytes(model, length), "accuracy": score})
         return [row | {"error": error} for row in rows] if error else rows
+
+
+def grid_recipe(grid: Callable[..., Grid], known: Mapping[str, Sequence[Mapping[str, Any]]], why: str) -> Callable[..., Grid]:
+    """The `recipe` of a module that trains a grid: grid(cells, steps, fast, seed=, device=) of the cells `--mixers` picks of `known`.
+
+    why: what it does instead of reading a folder, for the refusal of one.
+    """
+
+    def recipe(
+        out: str | Path | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        device: str = "auto",
+        fast: bool = False,
+        data: str | Path | None = None,
+        memory: str | None = None,
+    ) -> Grid:
+        """memory (`--mixers`): cells, separated by commas; see recipes/_grid.py."""
+        refuse_folder(data, why)
+        return grid(parse_cells(memory, known), steps, fast, seed=seed, device=device)
+
+    return recipe
 
 
 MARKS = "osD^vP*X<>dph"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,40 @@ def merge_rows(path: Path, rows: list[Row], memory: str, meta: Row) -> list[Row]
             raise UsageError(f"{path} is not a results file ({type(error).__name__}: {error}); give another folder.") from error
     write_text(path, json.dumps({"rows": [*kept, *rows], "meta": meta}, indent=1) + "\n")
     return [*kept, *rows]
+
+
+def resumed(
+    path: Path, memory: str, key: Row, run: Callable[[], list[Row]], meta: Row, figure: Callable[[list[Row], Path], None], resume: bool
+) -> list[Row]:
+    """The rows of `memory` with the values of `key` that `path` holds; where there are none, what run() gives, merged in and drawn."""
+    rows = merge_rows(path, [], "", meta) if resume else []
+    mine = [row for row in rows if row["memory"] == memory and all(row[name] == value for name, value in key.items())]
+    if not mine:
+        mine = run()
+        figure(merge_rows(path, mine, memory, meta), path.with_name("curve.png"))
+    return mine
+
+
+def lines(rows: Iterable[Row], label: Callable[[Row], str], x: str, y: str = "accuracy") -> dict[str, list[tuple[float, float]]]:
+    """Columns x and y of the rows as points, a line for each label, in the order of the rows."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        curves.setdefault(label(row), []).append((row[x], row[y]))
+    return curves
+
+
+def refuse_folder(data: object, why: str) -> None:
+    """Raise UsageError if a folder of texts was given to a recipe that reads none; why: what it does instead."""
+    if data is not None:
+        raise UsageError(f"data is {str(data)!r}; {why} and reads no folder.")
+
+
+def named_once(text: str, what: str) -> list[str]:
+    """The names in "a,b,c". Raises UsageError if one comes twice; what: what they are names of."""
+    names = [name.strip() for name in text.split(",")]
+    if len(set(names)) != len(names):
+        raise UsageError(f"memory is {text!r}; each {what} may be named once.")
+    return names
 
 
 def plot(path: Path, curves: dict[str, list[tuple[float, float]]], x: str, y: str, decorate: Callable[[Any], None] | None = None) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from ..catalog import find
 from ..domains.vision.vit import ViT, resized
-from ..errors import UsageError, unknown
+from ..errors import unknown
 from ..models import Model
 from ..state import State
 from ..tasks.arrow_pointing import ArrowPointing
 from ..train import Piece, Run, TrainConfig, environment
-from ._results import Row, merge_rows, plot
+from ._results import Row, lines, merge_rows, named_once, plot, refuse_folder
 
 SIDE, PATCH, DIM, DEPTH = 64, 8, 64, 4
 TESTED = (64, 128)
@@ -126,11 +126,8 @@ def recipe(
     memory: str | None = None,
 ) -> Run:
     """memory: models of MODELS, separated by commas; default all of them."""
-    if data is not None:
-        raise UsageError(f"data is {str(data)!r}; arrow-pointing draws its own pictures and reads no folder.")
-    names = [name.strip() for name in (memory or ",".join(MODELS)).split(",")]
-    if len(set(names)) != len(names):
-        raise UsageError(f"memory is {memory!r}; each model may be named once.")
+    refuse_folder(data, "arrow-pointing draws its own pictures")
+    names = named_once(memory or ",".join(MODELS), "model")
     runs = [_run(name, seed, steps or (3 if fast else 4000), device, fast) for name in names]
     runs[0].others = tuple(runs[1:])
     return runs[0]
@@ -155,9 +152,7 @@ def _run(name: str, seed: int, steps: int, device: str, fast: bool) -> Run:
         }  # fmt: skip
         rows: list[Row] = [common | {"canvas": side, "accuracy": accuracy(model, side, n, seed + 1)} for side in TESTED]  # type: ignore[arg-type]
         meta = {"recipe": "arrow-pointing", "patch": PATCH, "dim": DIM, "depth": DEPTH, "environment": environment(model.device)}
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for row in merge_rows(out / "results.json", rows, name, meta):
-            curves.setdefault(row["model"], []).append((row["canvas"], row["accuracy"]))
+        curves = lines(merge_rows(out / "results.json", rows, name, meta), lambda row: row["model"], "canvas")
         plot(out / "curve.png", curves, "side of the canvas in pixels", "accuracy", lambda axes: axes.axhline(0.5, color="grey", ls=":"))
 
     return Run(model, Batches(8 if fast else 64), config, evaluate, finish, loss, name=name)

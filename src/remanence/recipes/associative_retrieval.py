@@ -22,13 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..catalog import find
-from ..errors import UsageError
 from ..models import Decoder, Model, ModelConfig
 from ..state import State
 from ..tasks.assoc_retrieval import GEN, SYMBOLS, VOCAB_SIZE, batch, segment
 from ..tasks.base import IGNORE
 from ..train import Curriculum, Piece, Run, TrainConfig, environment
-from ._results import Row, merge_rows, plot
+from ._results import Row, lines, merge_rows, named_once, plot, refuse_folder
 
 DIM, LAYERS = 64, 2
 KEY_SIZE = 1
@@ -146,11 +145,8 @@ def recipe(
     memory: str | None = None,
 ) -> Run:
     """memory: slugs of segment memories or mixers, separated by commas; default "rmt,armt"."""
-    if data is not None:
-        raise UsageError(f"data is {str(data)!r}; associative-retrieval makes its own sequences and reads no folder.")
-    slugs = [slug.strip() for slug in (memory or "rmt,armt").split(",")]
-    if len(set(slugs)) != len(slugs):
-        raise UsageError(f"memory is {memory!r}; each slug may be named once.")
+    refuse_folder(data, "associative-retrieval makes its own sequences")
+    slugs = named_once(memory or "rmt,armt", "slug")
     runs = [_run(slug, seed, steps or (6 if fast else 3200), device, fast) for slug in slugs]
     runs[0].others = tuple(runs[1:])
     return runs[0]
@@ -189,9 +185,7 @@ def _accounting(slug: str) -> str:
 
 
 def _curve(rows: Sequence[Row], path: Path) -> None:
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        curves.setdefault(f"{row['memory']} ({row['state_bytes']:,} bytes)", []).append((row["pairs"], row["accuracy"]))
+    curves = lines(rows, lambda row: f"{row['memory']} ({row['state_bytes']:,} bytes)", "pairs")
 
     def decorate(axes: Any) -> None:
         axes.axhline(1 / SYMBOLS, color="grey", linestyle=":", label="chance")

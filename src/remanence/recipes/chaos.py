@@ -25,7 +25,7 @@ from ..errors import RemanenceError, UsageError, unknown
 from ..evaluate.plots import save_figure
 from ..tasks.chaos import Chaos, ChaosExample, KuramotoSivashinsky, Lorenz96
 from ..train import Piece, TrainConfig, environment, train
-from ._results import Row, merge_rows
+from ._results import Row, named_once, refuse_folder, resumed
 
 CELLS: Mapping[str, Mapping[str, Any]] = {
     **{
@@ -42,7 +42,6 @@ CELLS: Mapping[str, Mapping[str, Any]] = {
 }
 DEFAULT = ("rnn", "gru", "gru-gate", "lstm", "rhn", "rhn-gate", "rhn-attention", "rhn-gate-attention", "transformer")
 SYSTEMS = {"kuramoto-sivashinsky": KuramotoSivashinsky, "lorenz96": functools.partial(Lorenz96, slow=8, fast=8)}
-COLUMNS = ("cell", "system", "seed", "budget")
 
 
 class Windows:
@@ -122,13 +121,9 @@ class ChaosGrid:
         path, ends = Path(out) / "results.json", {}
         for system in self.systems:
             for cell in self.cells:
-                name, key = f"{cell}/{system}", (cell, system, self.seed, self.steps)
-                rows = merge_rows(path, [], "", self._meta()) if resume else []
-                mine = [row for row in rows if tuple(row[column] for column in COLUMNS) == key]
-                if not mine:
-                    mine = [self._run(cell, system, Path(out), resume, quiet)]
-                    figure(merge_rows(path, mine, name, self._meta()), Path(out) / "curve.png")
-                ends[name] = mine[0]["vpt"]
+                name, key = f"{cell}/{system}", {"seed": self.seed, "budget": self.steps}
+                run = functools.partial(self._run, cell, system, Path(out), resume, quiet)
+                ends[name] = resumed(path, name, key, lambda run=run: [run()], self._meta(), figure, resume)[0]["vpt"]
                 if not quiet:
                     print(f"{name}: {ends[name]:.2f} Lyapunov times", flush=True)
         return ends
@@ -191,13 +186,10 @@ def recipe(
     memory: str | None = None,
 ) -> ChaosGrid:
     """memory: cells, separated by commas, of rnn, gru, lstm, rhn, each also with -gate, -attention, -gate-attention, and transformer."""
-    if data is not None:
-        raise UsageError(f"data is {str(data)!r}; chaos integrates its own systems and reads no folder.")
-    cells: list[str] = list(DEFAULT) if memory is None else [name.strip() for name in memory.split(",")]
+    refuse_folder(data, "chaos integrates its own systems")
+    cells: list[str] = list(DEFAULT) if memory is None else named_once(memory, "cell")
     for name in cells:
         if name not in CELLS:
             raise unknown("cell", name, CELLS)
-    if len(set(cells)) != len(cells):
-        raise UsageError(f"memory is {memory!r}; each cell may be named once.")
     small: dict[str, Any] = {"n": 2, "series": (2, 100), "length": 24, "rows": 2, "dim": 8} if fast else {}
     return ChaosGrid(cells, list(SYSTEMS), steps or (3 if fast else 600), seed=seed, device=device, **small)

@@ -9,14 +9,14 @@ curriculum of 2, 4, 8, 16 pairs.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
 from ..tasks import mqar
 from ..tasks.symbols import Arrays
-from ._grid import Grid, draw, parse_cells
-from ._results import Row
+from ._grid import Cell, Grid, draw, grid_recipe
+from ._results import Row, lines
 
 VOCAB = 128
 STAGES = (2, 4, 8, 16)
@@ -43,27 +43,16 @@ def make(rng: np.random.Generator, rows: int, pairs: int) -> Arrays:
 
 def figure(rows: list[Row], path: Path) -> None:
     """Accuracy at the most pairs over the bytes of the state, a line a mixer."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row["pairs"] == STAGES[-1]:
-            curves.setdefault(row["mixer"], []).append((row["state_bytes"], row["accuracy"]))
+    curves = lines((row for row in rows if row["pairs"] == STAGES[-1]), lambda row: row["mixer"], "state_bytes")
     draw(path, curves, "bytes of state a sequence", f"accuracy at {STAGES[-1]} pairs", 2 / VOCAB)
 
 
-def recipe(
-    out: str | Path | None = None,
-    seed: int = 0,
-    steps: int | None = None,
-    device: str = "auto",
-    fast: bool = False,
-    data: str | Path | None = None,
-    memory: str | None = None,
-) -> Grid:
-    """memory (`--mixers`): cells, separated by commas; see recipes/_grid.py."""
-    if data is not None:
-        raise UsageError(f"data is {str(data)!r}; mqar makes its own sequences and reads no folder.")
-    cells = parse_cells(memory, MIXERS)
+def grid(cells: list[Cell], steps: int | None, fast: bool, **where: Any) -> Grid:
+    """The recipe's grid; where: seed and device."""
     return Grid(
         "mqar", "mqar", cells, make, VOCAB, STAGES, STAGES, "pairs", figure, steps or (4 if fast else 1500),
-        n=16 if fast else 512, rows=4 if fast else 32, lr=5e-3, seed=seed, device=device,
+        n=16 if fast else 512, rows=4 if fast else 32, lr=5e-3, **where,
     )  # fmt: skip
+
+
+recipe = grid_recipe(grid, MIXERS, "mqar makes its own sequences")

@@ -9,15 +9,15 @@ Not the published sweep: a vocabulary of 128, long lists of 4 to 32 tokens, one 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
 from ..tasks import set_disjointness
 from ..tasks.base import IGNORE
 from ..tasks.symbols import Arrays
-from ._grid import Grid, draw, parse_cells
-from ._results import Row
+from ._grid import Cell, Grid, draw, grid_recipe
+from ._results import Row, lines
 
 VOCAB = 128
 SHORT = 4
@@ -36,26 +36,17 @@ def make(rng: np.random.Generator, rows: int, size: int, times: int) -> Arrays:
 
 def figure(rows: list[Row], path: Path) -> None:
     """Accuracy over the length of the long list, a line a cell."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        curves.setdefault(f"{row['mixer']}, told {'twice' if row['times'] == 2 else 'once'}", []).append((row["list"], row["accuracy"]))
+    curves = lines(rows, lambda row: f"{row['mixer']}, told {'twice' if row['times'] == 2 else 'once'}", "list")
     draw(path, curves, f"tokens in the first list (the second has {SHORT})", "accuracy", 1 / SHORT)
 
 
-def recipe(
-    out: str | Path | None = None,
-    seed: int = 0,
-    steps: int | None = None,
-    device: str = "auto",
-    fast: bool = False,
-    data: str | Path | None = None,
-    memory: str | None = None,
-) -> Grid:
-    """memory (`--mixers`): cells, separated by commas; see recipes/_grid.py."""
-    if data is not None:
-        raise UsageError(f"data is {str(data)!r}; read-twice makes its own sequences and reads no folder.")
+def grid(cells: list[Cell], steps: int | None, fast: bool, **where: Any) -> Grid:
+    """The recipe's grid; where: seed and device."""
     return Grid(
-        "read-twice", "set-disjointness", parse_cells(memory, MIXERS), make, VOCAB, STAGES[:2] if fast else STAGES,
+        "read-twice", "set-disjointness", cells, make, VOCAB, STAGES[:2] if fast else STAGES,
         STAGES[:2] if fast else STAGES, "list", figure, steps or (4 if fast else 2500), {"times": 1},
-        n=16 if fast else 512, rows=4 if fast else 64, lr=4e-3, seed=seed, device=device,
+        n=16 if fast else 512, rows=4 if fast else 64, lr=4e-3, **where,
     )  # fmt: skip
+
+
+recipe = grid_recipe(grid, MIXERS, "read-twice makes its own sequences")

@@ -9,14 +9,14 @@ among 16 times as many.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
 from ..tasks import selective_copying
 from ..tasks.symbols import Arrays
-from ._grid import Grid, draw, parse_cells
-from ._results import Row
+from ._grid import Cell, Grid, draw, grid_recipe
+from ._results import Row, lines
 
 STAGES = (2, 4, 8, 16)
 SPREAD = 16
@@ -31,26 +31,16 @@ def make(rng: np.random.Generator, rows: int, data: int) -> Arrays:
 
 def figure(rows: list[Row], path: Path) -> None:
     """Accuracy over the number of data tokens, a line a cell."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        curves.setdefault(row["memory"], []).append((row["data"], row["accuracy"]))
-    draw(path, curves, f"data tokens, among {SPREAD} times as many", "accuracy", CHANCE)
+    draw(path, lines(rows, lambda row: row["memory"], "data"), f"data tokens, among {SPREAD} times as many", "accuracy", CHANCE)
 
 
-def recipe(
-    out: str | Path | None = None,
-    seed: int = 0,
-    steps: int | None = None,
-    device: str = "auto",
-    fast: bool = False,
-    data: str | Path | None = None,
-    memory: str | None = None,
-) -> Grid:
-    """memory (`--mixers`): cells, separated by commas; see recipes/_grid.py."""
-    if data is not None:
-        raise UsageError(f"data is {str(data)!r}; selective-copying makes its own sequences and reads no folder.")
+def grid(cells: list[Cell], steps: int | None, fast: bool, **where: Any) -> Grid:
+    """The recipe's grid; where: seed and device."""
     return Grid(
-        "selective-copying", "selective-copying", parse_cells(memory, MIXERS), make, selective_copying.SelectiveCopying.vocab_size,
+        "selective-copying", "selective-copying", cells, make, selective_copying.SelectiveCopying.vocab_size,
         STAGES[:2] if fast else STAGES, STAGES[:2] if fast else STAGES, "data", figure, steps or (4 if fast else 2000),
-        n=16 if fast else 256, rows=4 if fast else 8, lr=4e-3, seed=seed, device=device,
+        n=16 if fast else 256, rows=4 if fast else 8, lr=4e-3, **where,
     )  # fmt: skip
+
+
+recipe = grid_recipe(grid, MIXERS, "selective-copying makes its own sequences")

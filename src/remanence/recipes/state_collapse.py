@@ -21,7 +21,7 @@ from ..inference.stuffed_mamba import clip_norm, forget_more, record, sliding_wi
 from ..models import Decoder, Model, ModelConfig
 from ..tokenizers import ByteTokenizer
 from ..train import Piece, Run, TrainConfig, environment
-from ._results import Row, merge_rows, plot
+from ._results import Row, lines, merge_rows, plot
 
 LENGTH, READ = 256, 16384
 DIM, LAYERS, ROWS = 128, 2, 32
@@ -113,9 +113,8 @@ def recipe(
         for fix, value in fixes.items():
             common = {"memory": slug, "task": "state-collapse", "fix": fix, "value": value, "seed": seed}
             results += [common | row for row in bits(model, unseen, length, fix, value)]
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for row in merge_rows(out / "results.json", results, slug, meta):
-            curves.setdefault(f"{row['memory']}, fix: {row['fix']}", []).append((row["position"], row["bits_per_byte"]))
+        every = merge_rows(out / "results.json", results, slug, meta)
+        curves = lines(every, lambda row: f"{row['memory']}, fix: {row['fix']}", "position", "bits_per_byte")
         plot(out / "curve.png", curves, f"position in the book, bytes (trained on {length})", "bits per byte")
         model.save(out / "model", provenance={"recipe": "state-collapse", "steps": steps, "seed": seed})
 

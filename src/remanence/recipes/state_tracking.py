@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
 from ..tasks import state_tracking
 from ..tasks.symbols import Arrays
-from ._grid import Grid, draw, parse_cells
-from ._results import Row
+from ._grid import Cell, Grid, draw, grid_recipe
+from ._results import Row, lines
 
 VOCAB = 120
 STAGES = (4, 8, 16, 24, 40)
@@ -40,27 +39,18 @@ def make(rng: np.random.Generator, rows: int, length: int, group: str) -> Arrays
 
 def figure(rows: list[Row], path: Path) -> None:
     """Accuracy over length, a line a cell."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        curves.setdefault(f"{row['mixer']}, {row['group']}", []).append((row["length"], row["accuracy"]))
+    curves = lines(rows, lambda row: f"{row['mixer']}, {row['group']}", "length")
     draw(path, curves, f"elements of the word (trained on at most {STAGES[-1]})", "accuracy", 1 / 2)
 
 
-def recipe(
-    out: str | Path | None = None,
-    seed: int = 0,
-    steps: int | None = None,
-    device: str = "auto",
-    fast: bool = False,
-    data: str | Path | None = None,
-    memory: str | None = None,
-) -> Grid:
-    """memory (`--mixers`): cells, separated by commas; see recipes/_grid.py."""
-    if data is not None:
-        raise UsageError(f"data is {str(data)!r}; state-tracking makes its own words and reads no folder.")
+def grid(cells: list[Cell], steps: int | None, fast: bool, **where: Any) -> Grid:
+    """The recipe's grid; where: seed and device."""
     tested = TESTED[:2] if fast else TESTED
     return Grid(
-        "state-tracking", "state-tracking", parse_cells(memory, MIXERS), make, VOCAB, STAGES[:2] if fast else STAGES, tested, "length",
+        "state-tracking", "state-tracking", cells, make, VOCAB, STAGES[:2] if fast else STAGES, tested, "length",
         figure, steps or (4 if fast else 2000), {"group": "parity"},
-        n=16 if fast else 256, rows=4 if fast else 32, lr=4e-3, goal=0.999, stop_at=tested[-2], vary=True, seed=seed, device=device,
+        n=16 if fast else 256, rows=4 if fast else 32, lr=4e-3, goal=0.999, stop_at=tested[-2], vary=True, **where,
     )  # fmt: skip
+
+
+recipe = grid_recipe(grid, MIXERS, "state-tracking makes its own words")

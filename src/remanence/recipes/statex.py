@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from ..convert.statex import statex
-from ..errors import UsageError, unknown
+from ..errors import unknown
 from ..models import Decoder, Model, ModelConfig
 from ..tasks import mqar
 from ..tasks.symbols import Arrays
 from ..train import Curriculum, TrainConfig, environment, train
 from ._grid import Generated, accuracy, draw, state_bytes, symbol_loss
-from ._results import Row, merge_rows
+from ._results import Row, lines, refuse_folder, resumed
 
 VOCAB, DIM, EVERY = 32, 64, 4
 STAGES = (2, 4, 8, 14)
@@ -44,10 +44,7 @@ def make(rng: np.random.Generator, rows: int, pairs: int) -> Arrays:
 
 def figure(rows: list[Row], path: Path) -> None:
     """Accuracy by the number of pairs, a line a way."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        curves.setdefault(row["memory"], []).append((row["pairs"], row["accuracy"]))
-    draw(path, curves, "pairs", "accuracy", 2 / VOCAB)
+    draw(path, lines(rows, lambda row: row["memory"], "pairs"), "pairs", "accuracy", 2 / VOCAB)
 
 
 @dataclass
@@ -65,19 +62,19 @@ class Expansion:
 
     def start(self, out: str | Path, resume: bool = True, quiet: bool = False) -> dict[str, Any]:
         """Run what `out` has no rows of for this seed and these numbers of steps; returns way -> accuracy by pairs."""
-        path, ends = Path(out) / "results.json", {}
+        path, ends, bases = Path(out) / "results.json", {}, {}
         for mixer in self.mixers:
-            base = None
             for way in ("pretrained", *WAYS[mixer]):
                 name = f"{mixer}/{way}"
-                rows = merge_rows(path, [], "", self._meta()) if resume else []
-                budget = [self.steps, 0 if way == "pretrained" else self.more]
-                mine = [row for row in rows if row["memory"] == name and (row["seed"], row["budget"]) == (self.seed, budget)]
-                if not mine:
+                key = {"seed": self.seed, "budget": [self.steps, 0 if way == "pretrained" else self.more]}
+
+                def run(mixer: str = mixer, way: str = way) -> list[Row]:
                     began = time.monotonic()
-                    base = base or self._pretrain(mixer, Path(out), resume, quiet)
-                    mine = self._run(mixer, way, base, began, Path(out), resume, quiet)
-                    figure(merge_rows(path, mine, name, self._meta()), Path(out) / "curve.png")
+                    if mixer not in bases:
+                        bases[mixer] = self._pretrain(mixer, Path(out), resume, quiet)
+                    return self._run(mixer, way, bases[mixer], began, Path(out), resume, quiet)
+
+                mine = resumed(path, name, key, run, self._meta(), figure, resume)
                 ends[name] = {row["pairs"]: row["accuracy"] for row in mine}
                 if not quiet:
                     print(f"{name}: " + "  ".join(f"pairs {pairs} {value:.1%}" for pairs, value in ends[name].items()), flush=True)
@@ -139,8 +136,7 @@ def recipe(
     memory: str | None = None,
 ) -> Expansion:
     """memory (`--mixers`): gla, mamba2 or both, separated by a comma. steps: before the expansion; a fifth as many follow it."""
-    if data is not None:
-        raise UsageError(f"data is {str(data)!r}; statex makes its own sequences and reads no folder.")
+    refuse_folder(data, "statex makes its own sequences")
     mixers = tuple(LAYERS) if memory is None else tuple(name.strip() for name in memory.split(","))
     for name in mixers:
         if name not in LAYERS:

@@ -18,10 +18,15 @@ def chunk(log_a: Tensor, b: Tensor, initial: Tensor | None = None, reset: Tensor
 
     The second sweep repeats the first from the right start, which costs less than keeping running products. A reset is a = 0.
     """
+    return recurrence(two_levels, log_a, b, initial, reset)
+
+
+def recurrence(op: Any, log_a: Tensor, b: Tensor, initial: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The recurrence by an operator of SCHEMA."""
     a = log_a.exp()
     if reset is not None:
         a = a.masked_fill(reset[..., None], 0)
-    return two_levels(a, b, torch.zeros_like(b[:, 0]) if initial is None else initial, False)
+    return op(a, b, torch.zeros_like(b[:, 0]) if initial is None else initial, False)
 
 
 def sweep(a: Tensor, b: Tensor, h: Tensor, carry: Tensor | None, reverse: bool) -> Tensor:
@@ -74,23 +79,26 @@ def two_levels(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> tuple[Te
     return h, a[:, 0] * h[:, 0] if reverse else h[:, -1].clone()  # an operator may not return two views of one tensor
 
 
-@two_levels.register_fake
-def _(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(b, memory_format=torch.contiguous_format), torch.empty_like(initial, memory_format=torch.contiguous_format)
+def transposable(op: Any) -> None:
+    """Give an operator of SCHEMA the shapes of its results and its gradient, which is the transposed recurrence: itself, the other way."""
+
+    def fake(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(b, memory_format=torch.contiguous_format), torch.empty_like(initial, memory_format=torch.contiguous_format)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        a, _, initial, ctx.reverse = inputs
+        ctx.save_for_backward(a, initial, output[0])
+
+    def backward(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """a gets (what it multiplied) x (what came back)."""
+        a, initial, h = ctx.saved_tensors
+        db, dinitial = op(a.conj().resolve_conj(), dh, dlast, not ctx.reverse)
+        if ctx.reverse:
+            return torch.cat([dlast[:, None], db[:, :-1]], 1) * h.conj(), db, dinitial, None
+        return torch.cat([initial[:, None], h[:, :-1]], 1).conj() * db, db, dinitial, None
+
+    op.register_fake(fake)
+    op.register_autograd(backward, setup_context=save)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, _, initial, ctx.reverse = inputs
-    ctx.save_for_backward(a, initial, output[0])
-
-
-def _backward(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    """The gradient is the transposed recurrence: the same operator the other way; a gets (what it multiplied) x (what came back)."""
-    a, initial, h = ctx.saved_tensors
-    db, dinitial = two_levels(a.conj().resolve_conj(), dh, dlast, not ctx.reverse)
-    if ctx.reverse:
-        return torch.cat([dlast[:, None], db[:, :-1]], 1) * h.conj(), db, dinitial, None
-    return torch.cat([initial[:, None], h[:, :-1]], 1).conj() * db, db, dinitial, None
-
-
-two_levels.register_autograd(_backward, setup_context=_save)
+transposable(two_levels)

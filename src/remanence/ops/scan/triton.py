@@ -3,14 +3,13 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..backend import fla_documents
+from .chunk import SCHEMA, recurrence, transposable
 
 SIZE = 64
 """Tokens of a chunk."""
@@ -112,9 +111,6 @@ def _levels(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> tuple[Tenso
     return h, end[:, 0 if reverse else -1]
 
 
-SCHEMA = "(Tensor a, Tensor b, Tensor initial, bool reverse) -> (Tensor, Tensor)"
-
-
 @torch.library.custom_op("remanence::scan_triton", mutates_args=(), schema=SCHEMA)
 def levels(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """As `two_levels` of chunk.py: an operator of its own, so that torch.compile keeps it whole."""
@@ -123,34 +119,12 @@ def levels(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> tuple[Tensor
     return h, end.clone()
 
 
-@levels.register_fake
-def _(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(b, memory_format=torch.contiguous_format), torch.empty_like(initial, memory_format=torch.contiguous_format)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, _, initial, ctx.reverse = inputs
-    ctx.save_for_backward(a, initial, output[0])
-
-
-def _backward(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    """The gradient is the transposed recurrence; a gets (what it multiplied) x (what came back)."""
-    a, initial, h = ctx.saved_tensors
-    db, dinitial = levels(a.conj().resolve_conj(), dh, dlast, not ctx.reverse)
-    if ctx.reverse:
-        return torch.cat([dlast[:, None], db[:, :-1]], 1) * h.conj(), db, dinitial, None
-    return torch.cat([initial[:, None], h[:, :-1]], 1).conj() * db, db, dinitial, None
-
-
-levels.register_autograd(_backward, setup_context=_save)
+transposable(levels)
 
 
 def chunk(log_a: Tensor, b: Tensor, initial: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As the `chunk` of torch, any T, real or complex; differentiable any number of times."""
-    a = log_a.exp()
-    if reset is not None:
-        a = a.masked_fill(reset[..., None], 0)
-    return levels(a, b, torch.zeros_like(b[:, 0]) if initial is None else initial, False)
+    return recurrence(levels, log_a, b, initial, reset)
 
 
 def fla(log_a: Tensor, b: Tensor, initial: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
