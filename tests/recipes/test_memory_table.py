@@ -120,14 +120,15 @@ def test_no_question_of_a_lesson_is_answered_in_its_segment() -> None:
 
 
 def test_what_is_taught_grows() -> None:
-    data = table.Recall(rows=2, steps=100)
+    data = table.Recall(512, steps=100)
     pieces = [data.batch(0, index) for index in range(100)]
-    assert all(piece.ids.shape == (2, table.LENGTH) for piece in pieces[3::4])
-    lesson = [piece for index, piece in enumerate(pieces) if index % 4 != 3]
+    streams = [piece.ids.shape for index, piece in enumerate(pieces) if index % 4 == 3 and index >= 30]
+    assert set(streams[:8]) == {(8, 64), (4, 128)} and set(streams) == {(8, 64), (4, 128), (2, 256)}
+    lesson = [piece for index, piece in enumerate(pieces) if index % 4 != 3 or index < 30]
     pairs = [int((piece.targets[0] != IGNORE).sum()) for piece in lesson]
     noise = [(piece.ids.shape[1] - 2 * n) // table.SEGMENT - 1 for piece, n in zip(lesson, pairs)]
-    assert set(pairs[:10]) == {1} and set(pairs[45:]) == {1, 2, 4, 8, 16}
-    assert set(noise[:15]) == {0} and set(noise[45:]) == {0, 1, 2}
+    assert set(pairs[:15]) == {1} and set(pairs[50:]) == {1, 2, 4, 8, 16}
+    assert set(noise[:30]) == {0} and set(noise[50:]) == {0, 1, 2}
 
 
 def test_the_backbone_reads_books_and_streams_in_turn() -> None:

@@ -188,10 +188,13 @@ class Grid:
     def build(self, cell: Cell) -> Decoder:
         """The decoder of a cell; the same seed gives the same one."""
         torch.manual_seed(self.seed)
-        hyper = {name: value for name, value in cell.hyper.items() if name not in self.options and name != "depth"}
-        spec = {"mixer": cell.mixer, "times": cell.hyper.get("depth", self.depth), **hyper}
-        config = ModelConfig(self.vocab, self.dim, [spec], ffn=self.ffn, tie=False, embedding_std=self.embedding_std)
+        config = ModelConfig(self.vocab, self.dim, self.layers(cell), ffn=self.ffn, tie=False, embedding_std=self.embedding_std)
         return Decoder(config)
+
+    def layers(self, cell: Cell) -> list[dict[str, Any]]:
+        """What a cell's decoder consists of: its mixer, as often as the decoder is deep."""
+        hyper = {name: value for name, value in cell.hyper.items() if name not in self.options and name != "depth"}
+        return [{"mixer": cell.mixer, "times": cell.hyper.get("depth", self.depth), **hyper}]
 
     def test(self, model: Model, cell: Cell, size: int, seed: int, n: int) -> tuple[float, int]:
         """Accuracy on n sequences that depend on seed, size and the task's options only, and their length."""
@@ -286,13 +289,24 @@ def grid_recipe(grid: Callable[..., Grid], known: Mapping[str, Sequence[Mapping[
 MARKS = "osD^vP*X<>dph"
 
 
-def draw(path: Path, curves: Mapping[str, list[tuple[float, float]]], x: str, y: str, chance: float, log: bool = True) -> None:
-    """A PNG with one line a curve, every one with its own mark, and the legend beside it."""
+def draw(
+    path: Path,
+    curves: Mapping[str, list[tuple[float, float]]],
+    x: str,
+    y: str,
+    chance: float,
+    log: bool = True,
+    points: Mapping[str, list[tuple[float, float]]] | None = None,
+) -> None:
+    """A PNG with one line a curve, every one with its own mark, single points in grey, and the legend beside it."""
 
     def figure(fig: Any) -> None:
         axes = fig.subplots()
-        for i, (name, points) in enumerate(curves.items()):
-            axes.plot(*zip(*sorted(points)), marker=MARKS[i % len(MARKS)], linestyle="-" if i < 10 else "--", label=name)
+        for name, dots in (points or {}).items():
+            if dots:
+                axes.scatter(*zip(*dots), color="lightgrey", zorder=0, label=name)
+        for i, (name, line) in enumerate(curves.items()):
+            axes.plot(*zip(*sorted(line)), marker=MARKS[i % len(MARKS)], linestyle="-" if i < 10 else "--", label=name)
         axes.axhline(chance, color="grey", linestyle=":", label="chance")
         axes.set(xscale="log" if log else "linear", xlabel=x, ylabel=y, ylim=(-0.03, 1.03))
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

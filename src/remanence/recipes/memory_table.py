@@ -51,11 +51,13 @@ from ._results import Row, named_once, refuse_folder
 
 DIM, LAYERS, FFN = 128, 4, 3.5
 SEGMENT, LENGTH, ROWS = 32, 256, 8
+TOKENS = 1024
+"""Of one update on recall."""
 BYTES, KEYS, VALUES, NOISE = 256, 64, 64, 64
 VOCAB = BYTES + KEYS + VALUES + NOISE
 """Bytes of text, and then the symbols of the events, in this order."""
 CHANCE = 1 / VALUES
-PRETRAINING, STEPS, READING = 1500, 1000, 200
+PRETRAINING, STEPS, READING = 1500, 800, 150
 """Updates of the backbone, and of each memory around it on recall and, from the start again, on books."""
 PAIRS, WRITES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
 GAPS = {"assoc-retrieval": (256, 1024, 4096), "passkey": (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)}
@@ -177,22 +179,24 @@ class Basics:
 
 
 class Recall:
-    """What a memory learns: three batches in four are `lessons`, none of whose questions the segment at hand can answer, one is streams.
+    """What a memory learns: `lessons`, none of whose questions the segment at hand can answer, and later one batch in four of streams.
 
-    Over the first 60 % of the steps the most pairs of a lesson grow from 1 to 16, and the most segments of noise from none to two.
+    Over the first 60 % of the steps the most pairs of a lesson grow from 1 to 16, and the most segments of noise from none to two; from
+    half of that on there are streams, of 64 or 128 tokens, at its end of 256 too.
     """
 
     carries = False
 
-    def __init__(self, rows: int, steps: int):
-        self.rows, self.ramp = rows, 0.6 * steps
+    def __init__(self, tokens: int, steps: int):
+        self.tokens, self.ramp = tokens, 0.6 * steps
 
     def batch(self, seed: int, index: int) -> Piece:
         rng, progress = np.random.default_rng([seed, index]), min(1.0, index / self.ramp)
-        if index % 4 == 3:
-            return _piece(*events(rng, self.rows))
+        if index % 4 == 3 and progress >= 0.5:
+            length = 2 * SEGMENT << int(rng.integers(1 + int(2 * progress)))
+            return _piece(*events(rng, self.tokens // length, length // 2))
         pairs, segments = 1 << int(rng.integers(1 + int(4 * progress))), int(rng.integers(1 + int(2 * progress)))
-        return _piece(*lessons(rng, self.rows * LENGTH // (SEGMENT * (2 + segments)), pairs, segments))
+        return _piece(*lessons(rng, self.tokens // (SEGMENT * (2 + segments)), pairs, segments))
 
 
 def _piece(ids: np.ndarray, targets: np.ndarray) -> Piece:
@@ -262,9 +266,10 @@ SETUPS: dict[str, Setup] = {
     "transformer-fam": _around("transformer-fam", memory=4, tokens=4),
     "chunked-fifo-rmat": _layers("chunked-fifo-rmat", segment=SEGMENT, slots=8, full=False),
     "grc-cache": _layers("grc-cache", segment=SEGMENT, slots=16),
-    "rmt": _around("rmt", tokens=32, wide=True),
-    "armt": _around("armt", tokens=8, key_dim=8, nu=1),
-    "armt, 64": _around("armt", tokens=16, key_dim=32, nu=1),
+    "rmt": _around("rmt", tokens=8),
+    "rmt, 32": _around("rmt", tokens=32),
+    "armt": _around("armt", tokens=4, key_dim=8, nu=1),
+    "armt, 64": _around("armt", tokens=8, key_dim=32, nu=1),
     "hmt": _around("hmt", queue=30, sensory=2),
     "rate": _around("rate", memory=4, tokens=16),
     "ccm": _around("ccm", slots=4, train_base=True),
@@ -340,7 +345,7 @@ def recall(model: Model, n: int, seed: int, growing: bool, fast: bool) -> list[R
         for gap in GAPS[task][: 1 if fast else None]:
             if gap > (GROWING if growing else BOUNDED):
                 break
-            rows.append({"task": task, "pairs": pairs, "gap": gap} | test(max(8, min(64, n, 65_536 // gap)), pairs, gap=gap))
+            rows.append({"task": task, "pairs": pairs, "gap": gap} | test(max(4, min(64, n, 262_144 // gap)), pairs, gap=gap))
             if rows[-1]["accuracy"] < (0.5 if gap < LONG else 0.9):
                 break
     return rows
@@ -436,7 +441,7 @@ def measure(name: str, out: Path, steps: int, pretraining: int, seed: int, devic
 
     torch.manual_seed(seed)
     grafted = _share(SETUPS[name].build(backbone), backbone)
-    model, error = trained("recall", Recall(size, steps), steps)
+    model, error = trained("recall", Recall(LENGTH if fast else TOKENS, steps), steps)
     rows = recall(model, 16 if fast else 256, seed + 1, SETUPS[name].growing, fast)
     rows += streams(model, 2 if fast else 32, 64 if fast else 512, seed + 1)
     rows = [row | error for row in rows]
@@ -521,7 +526,7 @@ def _summary(rows: list[Row]) -> str:
 
 
 ORDERINGS: tuple[tuple[str, str, str, str], ...] = (
-    ("armt", "rmt", "pairs", "ARMT recalls more pairs than RMT from a state of the same size (2407.04841)"),
+    ("armt", "rmt", "pairs", "ARMT recalls more pairs than RMT (2407.04841)"),
     ("rmt", "transformer-xl", "bits", "RMT is at least as good as Transformer-XL at a small memory (2207.06881)"),
     ("compressive-transformer", "transformer-xl", "bits", "Compressive Transformer is at least as good as Transformer-XL (1911.05507)"),
     ("block-recurrent-transformer", "transformer-xl, 32", "bits", "Block-Recurrent Transformer is ahead of Transformer-XL (2203.07852)"),
