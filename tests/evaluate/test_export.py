@@ -43,6 +43,11 @@ def test_ruler_has_the_official_fields(tmp_path: Path) -> None:
         assert row["outputs"][0] in row["input"] and row["length"] == len(ByteTokenizer().encode(row["input"] + row["answer_prefix"]))
 
 
+def test_rulers_tasks_keep_their_names(tmp_path: Path) -> None:
+    (path,) = export("ruler", "ruler", [600], 1, tmp_path, options={"task": "niah-multikey-1"})
+    assert path == tmp_path / "600" / "data" / "niah_multikey_1" / "validation.jsonl"
+
+
 def test_a_task_of_several_answers_and_a_prefix(tmp_path: Path) -> None:
     class Several(rm.task("passkey").__class__):
         slug = "several"

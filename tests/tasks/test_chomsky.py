@@ -16,7 +16,7 @@ from remanence.errors import UsageError
 from remanence.recipes import chomsky as recipe
 from remanence.recipes._grid import Cell
 from remanence.tasks.base import IGNORE
-from remanence.tasks.chomsky import COMPUTE, EMPTY, EQUATION, PROBLEMS, Chomsky, Transduction, expressions, value_of
+from remanence.tasks.chomsky import COMPUTE, EMPTY, END, EQUATION, PROBLEMS, Chomsky, Transduction, batch, counted, expressions, value_of
 
 TASK = Chomsky()
 DIGESTS = {
@@ -217,3 +217,13 @@ def test_the_recipe_tells_tapes_how_long_the_input_is() -> None:
     model = recipe.grid([cell], None, True).build(cell)
     ids = torch.from_numpy(Chomsky.batch(np.random.default_rng(0), 2, 5, "duplicate-string", 1)[0])
     assert model(ids).state.layers[0].length.tolist() == [5, 5]
+
+
+def test_what_follows_the_end_of_an_answer_is_not_counted() -> None:
+    ends = [name for name, problem in PROBLEMS.items() if problem.ends]
+    assert ends
+    for name in ends:
+        _, targets = batch(np.random.default_rng(0), 8, 12, name)
+        for before, after in zip(targets, counted(targets)):
+            last = int((before == END).argmax())
+            assert (after[: last + 1] == before[: last + 1]).all() and (after[last + 1 :] == IGNORE).all()

@@ -12,6 +12,7 @@ from ..errors import UsageError, positive, unknown
 from ..files import write_atomic
 from ..tasks import Example, Task, Tokenizer
 from ..tasks.base import default_tokenizer
+from ..tasks.ruler import RulerExample
 from .longrange import samples_of, short
 from .run import Cell, cells, prompt_of
 
@@ -48,6 +49,9 @@ LAYOUTS: Mapping[str, tuple[Form, Callable[[Cell], str]]] = {
 
 
 def _ruler_name(cell: Cell) -> str:
+    """RULER's own name of one of its tasks, niah_single_1; else the task's slug and which of its questions."""
+    if isinstance(cell.first, RulerExample):
+        return cell.first.task.replace("-", "_")
     return f"{cell.task.slug}_{cell.qa}" if cell.qa else cell.task.slug
 
 

@@ -380,6 +380,11 @@ def batch(rng: np.random.Generator, n: int, length: int = 40, task: str = "parit
     return ids, targets
 
 
+def counted(targets: np.ndarray) -> np.ndarray:
+    """The targets of `batch` that the published accuracy counts: those up to and with the END of answers that stop there, IGNORE after."""
+    return np.where((targets == END).cumsum(1) - (targets == END) > 0, IGNORE, targets)
+
+
 SOURCE = "arXiv:2207.02098, Table 2, rounded; as remembered, not read off again (within 2 points)"
 
 

@@ -167,6 +167,7 @@ class RulerExample(Scattered):
     tail and it. answers: all references; `answer` names them in one line. tokens_to_generate: what the answer may take.
     """
 
+    task: str
     answers: tuple[str, ...]
     answer_prefix: str
     head: str
