@@ -1,10 +1,13 @@
 """Long Range Arena: the exact ListOps generator, the loaders, both stand-ins, the oracle and chance."""
 
 import pickle
+import re
 from hashlib import sha256
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import remanence as rm
 from remanence.errors import UsageError
@@ -14,8 +17,10 @@ from remanence.tasks.lra import (
     CLOSE,
     DASH,
     DISC,
+    EMPTY,
     END,
     GAP,
+    HARD,
     LIST_END,
     LIST_PAD,
     MAX,
@@ -23,13 +28,16 @@ from remanence.tasks.lra import (
     MIN,
     PAD,
     SEPARATOR,
+    SIDES,
     SM,
     TASKS,
     batch,
     cifar,
+    grey_png,
     listops,
     novels,
     parse_listops,
+    pathfinder_files,
     pathfinder_lite,
     value_of,
 )  # fmt: skip
@@ -247,6 +255,113 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path):
         LRA("image").sample(data=tmp_path)
 
 
+def release(folder, side, counts, array=False, level=HARD):
+    """Images as LRA has them, or with `array` as drewlinsley/pathfinder writes the metadata; returns {file: (pixels, class)} in order."""
+    rng = np.random.default_rng(side)
+    (folder / level / "metadata").mkdir(parents=True)
+    made = {}
+    for part, count in counts.items():
+        (folder / level / "imgs" / str(part)).mkdir(parents=True)
+        rows = []
+        for i in range(count):
+            pixels, label = rng.integers(256, size=(side, side), dtype=np.uint8), int(rng.integers(2))
+            file = folder / level / "imgs" / str(part) / f"sample_{i}.png"
+            Image.fromarray(pixels).save(file)
+            rows.append([f"imgs/{part}", file.name, str(i), str(label), "1.0", "14", "4", "2", "0.5", "1", "1"])
+            made[file] = (pixels, label)
+        meta = folder / level / "metadata" / f"{part}.npy"
+        if array:
+            np.save(meta, np.array(rows))
+        else:
+            meta.write_text("".join(" ".join(row) + "\n" for row in rows))
+    return made
+
+
+@pytest.mark.parametrize("task", SIDES)
+def test_reading_pathfinders(tmp_path, task):
+    side = SIDES[task]
+    made = release(tmp_path / f"pathfinder{side}", side, {0: 3, 2: 4, 10: 5} if side == 32 else {0: 2}, array=task == "path-x")
+    lra = LRA(task)
+    assert lra.labels == ("0", "1") and lra.chance == 0.5 and lra.vocab_size == PAD + 1
+    for data in (tmp_path, tmp_path / f"pathfinder{side}", tmp_path / f"pathfinder{side}" / HARD):
+        files = [pathfinder_files(data, side, split) for split in ("train", "val", "test")]
+        assert [len(part) for part in files] == ([10, 1, 1] if side == 32 else [2, 0, 0])
+        assert dict(sum(files, [])) == {path: label for path, (_, label) in made.items()}
+    examples = lra.sample(n=len(files[0]), data=tmp_path)
+    assert len(examples[0].ids) == side * side + 1 == {"pathfinder": 1025, "path-x": 16_385, "path-256": 65_537}[task]
+    want = {pixels.tobytes(): label for path, (pixels, label) in made.items() if path in dict(files[0])}
+    assert {e.ids[:-1].astype(np.uint8).tobytes(): int(e.targets[-1]) for e in examples} == want
+    assert all(e.ids[-1] == END and (e.targets[:-1] == IGNORE).all() for e in examples)
+    with pytest.raises(UsageError, match="was read from a file"):
+        lra.oracle(examples[0])
+
+
+def test_parity_the_split_is_that_of_torch(tmp_path):
+    """S4's loader: the files by number and their lines in order, random_split with seed 42 into the rest, a tenth, a tenth."""
+    made = list(release(tmp_path, 32, {10: 11, 9: 12}).items())
+    made = [(path, label) for path, (_, label) in made[11:] + made[:11]]
+    parts = torch.utils.data.random_split(made, [19, 2, 2], generator=torch.Generator().manual_seed(42))  # type: ignore[arg-type]
+    for split, want in zip(("train", "val", "test"), parts, strict=True):
+        assert pathfinder_files(tmp_path, 32, split) == list(want)
+
+
+def test_the_empty_image_of_the_release_is_left_out(tmp_path):
+    level = EMPTY.split("/")[1]
+    made = release(tmp_path / "pathfinder32", 32, {0: 174}, level=level)
+    (tmp_path / EMPTY).write_bytes(b"")
+    found = {path for split in ("train", "val", "test") for path, _ in pathfinder_files(tmp_path / "pathfinder32" / level, 32, split)}
+    assert found == set(made) - {tmp_path / EMPTY}
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    ((path, (pixels, _)),) = release(tmp_path, 32, {0: 1}).items()
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 7):
+        path.write_bytes(whole[:size])
+        try:
+            assert np.array_equal(grey_png(path, 32), pixels.ravel()) and size > len(whole) - 20  # all but the end mark
+        except UsageError as error:
+            assert re.fullmatch(rf"{re.escape(str(path))} is truncated or is no image \(\w+\)\.", str(error))
+    path.write_bytes(whole[:-40])
+    with pytest.raises(UsageError, match="sample_0.png is truncated"):
+        LRA("pathfinder").sample(n=1, data=tmp_path)
+    path.unlink()
+    with pytest.raises(UsageError, match="sample_0.png does not exist; the metadata name it"):
+        LRA("pathfinder").sample(n=1, data=tmp_path)
+    Image.fromarray(pixels[:16]).save(path)
+    with pytest.raises(UsageError, match="has 32 x 16 pixels; it must have 32 x 32"):
+        LRA("pathfinder").sample(n=1, data=tmp_path)
+    Image.merge("RGB", [Image.fromarray(pixels)] * 3).save(path)
+    assert np.array_equal(grey_png(path, 32), pixels.ravel())
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"imgs/0 sample_0.png 0 1 1.0\nimgs/0 sample_1.png\n", "line 2 of .*0.npy is 'imgs/0 sample_1.png'; it must be folder, file"),
+        (b"imgs/0 sample_0.png 0 2 1.0\n", "line 1 of .*0.npy is"),
+        (b"\n", "line 1 of .*0.npy is ''"),
+        (b"\xff\xfe", "0.npy is no metadata of a pathfinder: UnicodeDecodeError"),
+        (b"\x93NUMPY\x01\x00", "0.npy is no metadata of a pathfinder: ValueError"),
+        (None, "0.npy is no metadata of a pathfinder: ValueError Object arrays cannot be loaded"),
+        (b"", "holds no example"),
+    ],
+)
+def test_metadata_that_do_not_parse_are_named(tmp_path, content, says):
+    (tmp_path / HARD / "metadata").mkdir(parents=True)
+    file = tmp_path / HARD / "metadata" / "0.npy"
+    if content is None:
+        np.save(file, np.array([["imgs/0", "sample_0.png", 0, 1]], object), allow_pickle=True)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(UsageError, match=says) as error:
+        LRA("pathfinder").sample(data=tmp_path)
+    assert "\n" not in str(error.value)
+    file.unlink()
+    with pytest.raises(UsageError, match="holds no metadata/0.npy, 1.npy .*; it must be LRA's folder pathfinder128"):
+        LRA("path-x").sample(data=tmp_path)
+
+
 def test_names_and_published_numbers():
     assert isinstance(rm.task("long-range-arena"), LRA) and {LRA(task).vocab_size for task in TASKS} == {17, 259}
     rows = {(row.model, row.setting.split(",")[0]): row.value for row in LRA.published}
@@ -264,6 +379,10 @@ def test_names_and_published_numbers():
         ({"task": "pathfinder-lite", "length": 1000}, "a square number of pixels"),
         ({"task": "pathfinder-lite", "length": 144}, "side=12"),
         ({"task": "authors", "split": "dev"}, "split is 'dev'"),
+        ({"task": "authors", "split": "val"}, "split is 'val'; it may be 'train' or 'test'"),
+        ({"task": "path-x"}, "the task 'path-x' needs data: LRA's folder pathfinder128"),
+        ({"task": "path-x", "split": "dev", "data": "."}, "it may be 'train' or 'val' or 'test'"),
+        ({"task": "path-256", "length": 64}, "the task 'path-256' takes data and split alone"),
         ({"task": "listop"}, "did you mean listops"),
         ({"official": True, "data": "a.tsv"}, "give one of them"),
         ({"depth": 3}, "option of lra"),

@@ -8,5 +8,6 @@ from . import vssm as _vssm  # noqa: F401
 from . import xlstm as _xlstm  # noqa: F401
 from .base import Model, Output, load
 from .decoder import Decoder, ModelConfig, parse_layers
+from .encdec import EncoderDecoder
 
-__all__ = ["Decoder", "Model", "ModelConfig", "Output", "load", "parse_layers"]
+__all__ = ["Decoder", "EncoderDecoder", "Model", "ModelConfig", "Output", "load", "parse_layers"]

@@ -1,8 +1,9 @@
 """Long Range Arena (arXiv 2011.04006): one class for a sequence of 1,000 to 16,000 symbols.
 
 ListOps is generated as google-research/long-range-arena (lra_benchmarks/data/listops.py) generates it, and laid out as the S4 family reads
-it, with the closing brackets, which the original pipeline drops. Text, retrieval and image read the user's copies of IMDB, AAN and
-CIFAR-10. Two stand-ins are ours and not LRA: `authors`, which of two novelists wrote a passage of a shipped novel, and `pathfinder-lite`.
+it, with the closing brackets, which the original pipeline drops. Text, retrieval, image and the pathfinders read the user's copies of
+IMDB, AAN, CIFAR-10 and LRA's images. Two stand-ins are ours and not LRA: `authors`, which of two novelists wrote a passage of a shipped
+novel, and `pathfinder-lite`.
 A table of scores should say that plain transformers with self-pretraining reach the level of S4 (Amos et al. 2023, arXiv 2310.02980).
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..catalog import system
 from ..corpus import default_haystack, training_texts
@@ -26,8 +28,15 @@ from ..errors import UsageError, positive, unknown
 from .base import IGNORE, Published, TokenExample
 from .symbols import Arrays, SymbolTask
 
-TASKS = ("listops", "text", "authors", "retrieval", "image", "pathfinder-lite")
+SIDES = {"pathfinder": 32, "path-x": 128, "path-256": 256}
+"""Side, in pixels, of the images of LRA's pathfinders: sequences of 1,024, 16,384 and 65,536."""
+TASKS = ("listops", "text", "authors", "retrieval", "image", "pathfinder-lite", *SIDES)
 SPLITS = ("train", "test")
+PATH_SPLITS = ("train", "val", "test")
+HARD = "curv_contour_length_14"
+"""The folder of the pathfinder images that LRA reports: curves of 14 dashes."""
+EMPTY = "pathfinder32/curv_baseline/imgs/0/sample_172.png"
+"""An image of LRA's release that is a file of no bytes; every loader leaves it out."""
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 MIN, MAX, MED, SM, CLOSE, LIST_END, LIST_PAD = range(10, 17)
 """Ids of ListOps after the digits 0 .. 9: operators, the closing bracket, the end, padding."""
@@ -320,9 +329,9 @@ def _connected(image: np.ndarray) -> bool:
     return discs <= seen
 
 
-def _split(split: str) -> str:
-    if split not in SPLITS:
-        raise UsageError(f"split is {split!r}; it may be 'train' or 'test'.")
+def _split(split: str, known: tuple[str, ...] = SPLITS) -> str:
+    if split not in known:
+        raise UsageError(f"split is {split!r}; it may be {' or '.join(map(repr, known))}.")
     return split
 
 
@@ -456,6 +465,80 @@ def cifar_images(rng: np.random.Generator, n: int, data: Folder, split: str = "t
     return laid_out(list(images[chosen]), classes[chosen], END, PAD)
 
 
+def pathfinder_files(data: Folder, side: int = 32, split: str = "train") -> list[tuple[Path, int]]:
+    """(PNG, class) of every image of a split of LRA's pathfinder, in the order in which the S4 family has it; 1: the discs are joined.
+
+    data: LRA's folder pathfinder{side}, the folder that holds it, or one level of difficulty in it (the first two mean HARD), as
+    drewlinsley/pathfinder writes it: metadata/0.npy, 1.npy ... and the PNGs that they name. A metadata file is lines of text, in LRA's
+    release, or an array of strings, in newer ones: folder, file, number, class, and how it was drawn. The images in the order of the
+    files' numbers and lines are permuted by torch's generator with seed 42; then come 80 % train, 10 % val, 10 % test (the rest: train).
+    LRA's own split rests on the shards of a TFDS build that was not released. Raises UsageError, naming the file, on what does not parse.
+    """
+    what = f"LRA's folder pathfinder{side}, with {HARD}/metadata and {HARD}/imgs"
+    path = _need({size: task for task, size in SIDES.items()}.get(side, "pathfinder"), data, what)
+    level = next((f for f in (path, path / HARD, path / f"pathfinder{side}" / HARD) if (f / "metadata").is_dir()), None)
+    files = sorted((f for f in (level / "metadata").glob("*.npy") if f.stem.isdecimal()), key=lambda f: int(f.stem)) if level else []
+    if level is None or not files:
+        raise UsageError(f"{path} holds no metadata/0.npy, 1.npy ...; it must be {what}.")
+    marks = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    rows = _listed(level.absolute(), tuple(files), marks)
+    total, part = len(rows), len(rows) // 10
+    ends = {"train": slice(total - 2 * part), "val": slice(total - 2 * part, total - part), "test": slice(total - part, total)}
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(42))[ends[_split(split, PATH_SPLITS)]].tolist()
+    return [(level / rows[i][0], rows[i][1]) for i in order]
+
+
+@lru_cache(maxsize=4)
+def _listed(level: Path, files: tuple[Path, ...], _marks: tuple[tuple[int, int], ...]) -> list[tuple[str, int]]:
+    """(PNG below `level`, class) of every row of the metadata."""
+    rows = []
+    for file in files:
+        for number, row in enumerate(_metadata(file), start=1):
+            if len(row) < 4 or row[3] not in ("0", "1"):
+                raise UsageError(f"line {number} of {file} is {' '.join(row)[:60]!r}; it must be folder, file, number and class, 0 or 1.")
+            if f"{level.parent.name}/{level.name}/{row[0]}/{row[1]}" != EMPTY:
+                rows.append((f"{row[0]}/{row[1]}", int(row[3])))
+    return rows
+
+
+def _metadata(file: Path) -> list[list[str]]:
+    content = file.read_bytes()
+    try:
+        if content.startswith(b"\x93NUMPY"):
+            table = np.load(io.BytesIO(content), allow_pickle=False).astype(str)
+            if table.ndim != 2:
+                raise ValueError(f"its shape is {table.shape}")
+            return table.tolist()
+        return [line.split() for line in content.decode("ascii").splitlines()]
+    except (ValueError, EOFError, OSError) as error:
+        problem = str(error).splitlines()[0]
+        raise UsageError(f"{file} is no metadata of a pathfinder: {type(error).__name__} {problem}.") from None
+
+
+def grey_png(path: Path, side: int) -> np.ndarray:
+    """The grey values of an image, uint8 [side * side], row by row. Raises UsageError, naming it, if missing, damaged or of other size."""
+    from PIL import Image  # matplotlib brings it, and only these tasks read images
+
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; the metadata name it.")
+    try:
+        with Image.open(path) as image:
+            size = image.size
+            pixels = np.asarray(image.convert("L")) if size == (side, side) else None
+    except Exception as error:  # on a damaged file the decoder may raise anything
+        raise UsageError(f"{path} is truncated or is no image ({type(error).__name__}).") from None
+    if pixels is None:
+        raise UsageError(f"{path} has {size[0]} x {size[1]} pixels; it must have {side} x {side}.")
+    return pixels.reshape(-1)
+
+
+def pathfinder(rng: np.random.Generator, n: int, data: Folder, side: int = 32, split: str = "train") -> Arrays:
+    """n images of LRA's pathfinder, side * side pixels 0 .. 255 row by row, and the class; see `pathfinder_files`."""
+    files = pathfinder_files(data, side, split)
+    chosen = [files[i] for i in _chosen(rng, n, len(files), Path(data or "") / split)]
+    return laid_out([grey_png(path, side) for path, _ in chosen], np.array([label for _, label in chosen]), END, PAD)
+
+
 OFFICIAL = {"max_depth": 10, "max_args": 10, "min_length": 500, "max_length": 2000}
 """LRA's ListOps, for `listops(rng, n, **OFFICIAL)`."""
 
@@ -473,17 +556,20 @@ def batch(
 
     listops: generated, reduced or `official`; or read from the TSV file `data`. text: the first `length` bytes (4096) of reviews in the
     IMDB folder `data`. authors: passages of `length` bytes (1024). retrieval: two texts of at most `length` bytes (4000) from the AAN file
-    `data`. image: the CIFAR-10 folder `data`. pathfinder-lite: images of `length` pixels (1024), a square number; `split` does not
-    matter where examples are generated or a file is given. Raises UsageError on options that the task does not take.
+    `data`. image: the CIFAR-10 folder `data`. pathfinder-lite: images of `length` pixels (1024), a square number. pathfinder, path-x and
+    path-256: LRA's folder pathfinder32, pathfinder128 or pathfinder256, which also have the split "val". `split` does not matter where
+    examples are generated or a file is given. Raises UsageError on options that the task does not take.
     """
     positive(n=n, **({} if length is None else {"length": length}))
-    given = {"length": length, "data": data, "official": official or None, "split": None if _split(split) == "train" else split}
+    given = {"length": length, "data": data, "official": official or None, "split": None if split == "train" else split}
     known = {
         "listops": ("data", "official"), "text": ("length", "data", "split"), "authors": ("length", "split"),
         "retrieval": ("length", "data"), "image": ("data", "split"), "pathfinder-lite": ("length",),
+        **dict.fromkeys(SIDES, ("data", "split")),
     }  # fmt: skip
     if task not in TASKS:
         raise unknown("task of lra", str(task), TASKS)
+    _split(split, PATH_SPLITS if task in SIDES else SPLITS)
     for name, value in given.items():
         if value is not None and name not in known[task]:
             raise UsageError(f"{name} is {value!r}; the task {task!r} takes {' and '.join(known[task])} alone.")
@@ -499,6 +585,8 @@ def batch(
         return aan_pairs(rng, n, data, length or 4000)
     if task == "image":
         return cifar_images(rng, n, data, split)
+    if task in SIDES:
+        return pathfinder(rng, n, data, SIDES[task], split)
     side = round((length or 1024) ** 0.5)
     if side * side != (length or 1024):
         raise UsageError(f"length is {length}; an image has a square number of pixels, such as 1024 or 4096.")
