@@ -138,10 +138,13 @@ def _cell(value: object) -> str:
 
 MEASURES = (
     "accuracy", "bits_per_byte", "perplexity", "loss", "residual", "ratio", "tokens_per_s", "ms_per_token", "error", "peak_to_bptt",
-    "recall",
+    "recall", "mse",
 )  # fmt: skip
 """What a figure may be of: the first of these that the rows have."""
-AXES = ("length", "tokens", "pairs", "position", "iteration", "data", "list", "distance", "steps", "state_bytes", "segments", "keys")
+AXES = (
+    "length", "tokens", "pairs", "position", "iteration", "data", "words", "examples", "list", "distance", "steps", "state_bytes",
+    "segments", "keys",
+)  # fmt: skip
 """What it may be drawn over: the first of these that differs between rows."""
 LABELS = ("memory", "mixer", "task", "fix", "way", "form", "pass", "method", "queries")
 """What tells its lines apart."""
