@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,8 @@ ABOUT = {
     ),
     "memory-table": (
         "`remanence report memory --jobs 2`: a decoder of one million parameters, trained on books and on keys and values, with every "
-        "memory around it or in its layers' place, 300 updates each, segments of 32 tokens. Accuracies in percent. stream N: keys last "
+        "memory around it or in its layers' place, 800 updates on recall and 150 on books each, segments of 32 tokens. Accuracies in "
+        "percent. stream N: keys last "
         "seen N tokens ago or more (up to twice as many), in unseen streams; n pairs: recalled across a segment of noise; next segment and "
         "4k later: four pairs asked without any noise and after 4,096 tokens of it; passkey to: the longest stream after which one pair is "
         "known nine times in ten; writes: the value of a key that was written 8 times, and how often an older one is given; bits a byte of "
@@ -75,10 +78,34 @@ ABOUT = {
         "than are worth reading."
     ),
     "mqar": (
-        "`remanence train mqar`: multi-query associative recall, 16 pairs in 64 tokens, two layers of width 64 of one mixer "
-        "each; at most 1,500 steps of 32 sequences, one learning rate. Accuracy over bytes of state. Mixers without a short "
-        "convolution (gla, based, linear-attention, retnet) must find another way to bind a key to the value after it, and at "
-        "this budget mostly do not."
+        "`remanence train mqar`: multi-query associative recall, 16 pairs in 64 tokens; a gated short convolution and then one layer of "
+        "the mixer, width 64; at most 500 updates of 32 sequences, one learning rate. Accuracy over bytes of state, for every mixer "
+        "of the catalog that trains in minutes; a dot in the figure is a mixer that was run with one setting."
+    ),
+    "chomsky": (
+        "`remanence train chomsky`: parity (regular), reversing (context-free) and duplicating (context-sensitive) a string, trained on "
+        "1 to 40 symbols, tested on up to 200. The published score is the mean over lengths above 40."
+    ),
+    "copying": (
+        "`remanence train copying`: copying strings of letters, trained up to 20, tested up to 60; two layers of width 128, all decoders "
+        "with as many parameters as the one of attention."
+    ),
+    "icll": (
+        "`remanence train icll`: languages of small automata, new in every document, learned in context: how often the likeliest letter "
+        "is a legal one, and the total variation to the true distribution (`distance`), by the number of words read."
+    ),
+    "icl-regression": (
+        "`remanence train icl-regression`: linear regression in context, 5 dimensions, 16 points: squared error by the number of pairs "
+        "told, in units of the variance of w . x, beside the reference predictors on the same sequences (ridge with the right "
+        "penalty is the Bayes predictor)."
+    ),
+    "ihead-birth": (
+        "`remanence train ihead-birth`: bigrams and the three associative memories of an induction head while a two-layer attention-only "
+        "model learns them, by update."
+    ),
+    "verbatim-recall": (
+        "`remanence train verbatim-recall`: surprisal of a list of words that stands in the text for a second time, in percent of that of "
+        "the first, by the number of words and by the tokens between."
     ),
     "newton": (
         "`remanence train newton`: ParaRNN's Newton iterations at initial weights: the largest residual before each, in "
@@ -220,15 +247,75 @@ def memory_rows(rows: list[dict[str, Any]]) -> list[str]:
     return text + [f"- {verdict}" for verdict in verdicts(rows)]
 
 
+def _said(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def plain_rows(rows: list[dict[str, Any]]) -> list[str]:
-    """Any rows of plain values, in the order of the first row's keys."""
+    """Any rows of plain values, in the order of the first row's keys; what is the same in all of them stands above."""
     keys = [key for key, value in rows[0].items() if isinstance(value, (str, int, float)) or value is None]
+    same = [key for key in keys if len(rows) > 1 and len({row.get(key) for row in rows}) == 1]
+    keys = [key for key in keys if key not in same]
+    above = ["In every row: " + ", ".join(f"{key} {_said(rows[0][key])}" for key in same) + ".", ""] if same else []
+    lines = ["| " + " | ".join(_said(row.get(key)) for key in keys) + " |" for row in rows]
+    return [*above, "| " + " | ".join(keys) + " |", "|" + "---|" * len(keys), *lines]
 
-    def line(row: dict[str, Any]) -> str:
-        cells = (row.get(key) for key in keys)
-        return "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in cells) + " |"
 
-    return ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys), *map(line, rows)]
+@dataclass(frozen=True)
+class Wide:
+    """A table with a line for each value of the keys `of`, and a column for each value of `axis`, which shows `value`.
+
+    also: columns more, which are the same along a line, or else the last. where: only the rows with these values.
+    """
+
+    axis: str
+    value: str = "accuracy"
+    of: tuple[str, ...] = ("memory",)
+    also: tuple[str, ...] = ("state_bytes", "parameters", "steps", "seconds")
+    where: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[str]:
+        rows = [row for row in rows if self.axis in row and all(row.get(key) == value for key, value in self.where)]
+        values = sorted({row[self.axis] for row in rows})
+        lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for row in sorted(rows, key=lambda row: row[self.axis]):
+            lines.setdefault(tuple(row[key] for key in self.of), {}).update(row | {f"at {row[self.axis]}": row[self.value]})
+        also = [key for key in self.also if any(key in row for row in rows)]
+        columns = [*self.of, *also, *(f"at {value}" for value in values)]
+        order = {tuple(row[key] for key in self.of): i for i, row in reversed(list(enumerate(rows)))}
+        ordered = [lines[line] for line in sorted(lines, key=order.__getitem__)]
+        body = ["| " + " | ".join(_said(line.get(column)) for column in columns) + " |" for line in ordered]
+        head = [*self.of, *also, *(f"{self.axis} {value:,}" for value in values)]
+        return [f"{self.value}:", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body]
+
+
+def birth_rows(rows: list[dict[str, Any]]) -> list[str]:
+    """The claims of ihead-birth, and a measurement of every tenth of the run."""
+    measured = [row for row in rows if "steps" in row]
+    said = {True: "seen", False: "not seen"}
+    claims = [f"- {row['memory']}: {row['claim']}: {said[row['holds']]}, {row['births']}" for row in rows if "claim" in row]
+    ends: dict[str, int] = {row["memory"]: row["steps"] for row in measured}
+    some = [row for row in measured if row["steps"] * 10 % ends[row["memory"]] == 0]
+    return [*claims, "", *plain_rows([{key: value for key, value in row.items() if key != "seconds"} for row in some])]
+
+
+SHOWN: dict[str, tuple[Callable[[list[dict[str, Any]]], list[str]], ...]] = {
+    "memory-table": (memory_rows,),
+    "ihead-birth": (birth_rows,),
+    "associative-retrieval": (Wide("pairs"),),
+    "mqar": (Wide("pairs"),),
+    "selective-copying": (Wide("data"),),
+    "state-tracking": (Wide("length"),),
+    "chomsky": (Wide("length", also=("parameters", "steps", "seconds")),),
+    "copying": (Wide("length", also=("parameters", "steps", "seconds")),),
+    "icll": (Wide("strings", also=("parameters", "steps", "seconds")), Wide("strings", "distance", also=())),
+    "icl-regression": (Wide("examples", "mse", also=("parameters", "nearest", "seconds")),),
+    "verbatim-recall": (
+        Wide("words", "surprisal_percent", ("memory", "condition"), ("parameters", "seconds"), (("gap_from", 0),)),
+        Wide("gap_from", "surprisal_percent", ("memory", "condition"), (), (("words", 10),)),
+    ),
+}
+"""How the rows of a file are shown, where it is not as they are."""
 
 
 def results_page() -> str:
@@ -245,8 +332,8 @@ def results_page() -> str:
             parts += ["Measured with " + ", ".join(facts) + ".", ""]
         keys = set(rows[0]) if rows else set()
         show = babilong_rows if {"low", "peak_rss_mb"} <= keys else speed_rows if "ratio_to_floor" in keys else plain_rows
-        show = memory_rows if path.stem == "memory-table" else show
-        parts += show(rows) if rows else ["No rows."]
+        for number, shown in enumerate(SHOWN.get(path.stem, (show,))):
+            parts += ([""] if number else []) + (shown(rows) if rows else ["No rows."])
         if path.with_suffix(".png").exists():
             parts += ["", f"![{path.stem}](../results/{path.stem}.png)"]
     return "\n".join(parts) + "\n"
