@@ -52,32 +52,12 @@ MIXERS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-def documents(
-    rng: np.random.Generator, n: int, words: int, condition: str, length: int = LENGTH
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids and targets [n, length] and places [n, 2 words], as `verbatim_stm.batch`, but for permuted lists, whose order is any other one.
-
-    The task's own are rotated, which leaves all but one word behind the word it stood behind: who knows what follows what knows most of it.
-    """
-    if condition != "permute":
-        return batch(rng, n, length, words, VOCAB, condition)
-    ids, targets, places = batch(rng, n, length, words, VOCAB, "repeat")
-    order = rng.random((n, words)).argsort(1)
-    same = (order == np.arange(words)).all(1)
-    order[same] = np.roll(order[same], 1, 1)
-    again = places[:, words:]
-    said = np.take_along_axis(np.take_along_axis(targets, again - 1, 1), order, 1)
-    np.put_along_axis(targets, again - 1, said, 1)
-    np.put_along_axis(ids, again[:, :-1], said[:, :-1], 1)  # the last word is a target only
-    return ids, targets, places
-
-
 def make(rng: np.random.Generator, rows: int, length: int) -> Arrays:
     """Training sequences, with lists of one length each. Targets are the words of both lists: the text is but noise."""
     words = int(rng.integers(WORDS[0], min(WORDS[-1], (length - 3) // 2) + 1))
     whole = sum(SHARES.values())
     counts = [max(1, rows * share // whole) for share in SHARES.values()]
-    parts = [documents(rng, count, words, condition, length) for condition, count in zip(SHARES, counts, strict=True)]
+    parts = [batch(rng, count, length, words, VOCAB, condition) for condition, count in zip(SHARES, counts, strict=True)]
     ids, targets, places = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     wanted = np.full_like(targets, IGNORE)
     np.put_along_axis(wanted, places - 1, np.take_along_axis(targets, places - 1, 1), 1)  # a word is the target one place before
@@ -88,7 +68,7 @@ def surprisals(model: Model, seed: int, words: int, n: int) -> list[Row]:
     """Rows of every condition and gap, on n sequences a condition that depend on seed and words only."""
     rows: list[Row] = []
     for number, condition in enumerate(CONDITIONS):
-        ids, targets, places = documents(np.random.default_rng([seed, words, number, 0x7E57]), n, words, condition)
+        ids, targets, places = batch(np.random.default_rng([seed, words, number, 0x7E57]), n, LENGTH, words, VOCAB, condition)
         found = ratio(model, ids, targets, places)
         between = places[:, words] - places[:, words - 1] - 2  # the mark stands between, too
         for low, high in GAPS:
@@ -106,7 +86,7 @@ def surprisals(model: Model, seed: int, words: int, n: int) -> list[Row]:
 @torch.no_grad()
 def recalled(model: Model, seed: int, words: int, n: int) -> float:
     """The fraction of the words 2 .. N of repeated lists that are the likeliest token."""
-    ids, targets, places = documents(np.random.default_rng([seed, words, 0, 0x7E57]), n, words, "repeat")
+    ids, targets, places = batch(np.random.default_rng([seed, words, 0, 0x7E57]), n, LENGTH, words, VOCAB)
     logits = model(torch.from_numpy(ids).to(model.device)).logits
     assert logits is not None  # logits="all"
     at = places[:, words + 1 :] - 1
@@ -165,7 +145,7 @@ def grid(cells: list[Cell], steps: int | None, fast: bool, **where: Any) -> Grid
     tested = WORDS[:2] if fast else WORDS
     return Verbatim(
         "verbatim-recall", "verbatim-stm", cells, make, VOCAB, STAGES[:1] if fast else STAGES, tested, "words", figure,
-        steps or (4 if fast else 1800), n=16 if fast else 512, rows=4 if fast else 32, dim=32 if fast else 64, goal=2.0, lr=4e-3,
+        steps or (4 if fast else 2500), n=16 if fast else 512, rows=4 if fast else 32, dim=32 if fast else 64, goal=2.0, lr=4e-3,
         stop_at=tested[-1], **where,
     )  # fmt: skip
 

@@ -194,8 +194,9 @@ def batch(
     said = 2 + np.searchsorted(rank, rng.random((n, length + 1)) * rank[-1], side="right").clip(max=vocab - 3)
     drawn = 2 + rng.random((n, vocab - 2)).argsort(1)[:, : 2 * words]
     one, other = drawn[:, :words], drawn[:, words:]
-    shift = rng.integers(1, max(2, words), size=n)[:, None]  # a rotation is an order that is surely another
-    order = (np.arange(words) + shift) % words
+    order = rng.random((n, words)).argsort(1)
+    same = (order == np.arange(words)).all(1)
+    order[same] = np.roll(order[same], 1, 1)  # surely another order
     two = {"repeat": one, "permute": np.take_along_axis(one, order, 1), "novel": other}[condition]
     start = rng.integers(length - 2 * words - 1, size=n)[:, None]
     at = start + 1 + np.arange(words)
