@@ -89,7 +89,7 @@ def grid(cells: list[Cell], steps: int | None, fast: bool, **where: Any) -> Grid
     tested = (4, 8) if fast else TESTED
     return ChomskyGrid(
         "chomsky", "chomsky", cells, make, chomsky.VOCAB_SIZE, (4,) if fast else (LONGEST,), tested, "length", figure,
-        steps or (4 if fast else 4000), {"problem": "parity-check", "compute": 0},
+        steps or (4 if fast else 2000), {"problem": "parity-check", "compute": 0},
         n=16 if fast else 256, rows=4 if fast else 32, lr=1e-3, goal=0.999, stop_at=tested[-2], vary=True, **where,
     )  # fmt: skip
 

@@ -73,7 +73,7 @@ def grid(cells: list[Cell], steps: int | None, fast: bool, **where: Any) -> Grid
     """The recipe's grid; where: seed and device."""
     return EqualGrid(
         "copying", "copy-suite", cells, make, copying.CopySuite.vocab_size, STAGES[:1] if fast else STAGES, STAGES[:1] if fast else TESTED,
-        "length", figure, steps or (4 if fast else 5000), {"variant": "copy"},
+        "length", figure, steps or (4 if fast else 2000), {"variant": "copy"},
         n=16 if fast else 256, rows=4 if fast else 32, dim=32 if fast else 128, goal=0.999, lr=1e-3, vary=True, **where,
     )  # fmt: skip
 
