@@ -252,8 +252,8 @@ def _said(value: Any) -> str:
 
 
 def plain_rows(rows: list[dict[str, Any]]) -> list[str]:
-    """Any rows of plain values, in the order of the first row's keys; what is the same in all of them stands above."""
-    keys = [key for key, value in rows[0].items() if isinstance(value, (str, int, float)) or value is None]
+    """Any rows of plain values, in the order of their keys; what is the same in all of them stands above."""
+    keys = list(dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, (str, int, float)) or value is None))
     same = [key for key in keys if len(rows) > 1 and len({row.get(key) for row in rows}) == 1]
     keys = [key for key in keys if key not in same]
     above = ["In every row: " + ", ".join(f"{key} {_said(rows[0][key])}" for key in same) + ".", ""] if same else []
@@ -285,7 +285,7 @@ class Wide:
         order = {tuple(row[key] for key in self.of): i for i, row in reversed(list(enumerate(rows)))}
         ordered = [lines[line] for line in sorted(lines, key=order.__getitem__)]
         body = ["| " + " | ".join(_said(line.get(column)) for column in columns) + " |" for line in ordered]
-        head = [*self.of, *also, *(f"{self.axis} {value:,}" for value in values)]
+        head = [*self.of, *also, *(f"{self.axis} {_said(value)}" for value in values)]
         return [f"{self.value}:", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body]
 
 
@@ -305,6 +305,7 @@ SHOWN: dict[str, tuple[Callable[[list[dict[str, Any]]], list[str]], ...]] = {
     "associative-retrieval": (Wide("pairs"),),
     "mqar": (Wide("pairs"),),
     "selective-copying": (Wide("data"),),
+    "state-collapse": (Wide("fix", "bits_per_byte", ("position",), ()),),
     "state-tracking": (Wide("length"),),
     "chomsky": (Wide("length", also=("parameters", "steps", "seconds")),),
     "copying": (Wide("length", also=("parameters", "steps", "seconds")),),
