@@ -79,7 +79,7 @@ ABOUT = {
     ),
     "mqar": (
         "`remanence train mqar`: multi-query associative recall, 16 pairs in 64 tokens; a gated short convolution and then one layer of "
-        "the mixer, width 64; at most 500 updates of 32 sequences, one learning rate. Accuracy over bytes of state, for every mixer "
+        "the mixer, width 64; at most 500 updates of 16 sequences, one learning rate. Accuracy over bytes of state, for every mixer "
         "of the catalog that trains in minutes; a dot in the figure is a mixer that was run with one setting."
     ),
     "chomsky": (
