@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import remanence as rm
+from helpers import assert_close
 from parity import assert_parity
 from remanence.banks.longmem import BankAttention
 from remanence.errors import UsageError
@@ -88,3 +89,16 @@ def test_what_it_cannot_be_put_around() -> None:
         rm.memory("longmem", backbone(), layer=9)
     with pytest.raises(UsageError, match="chunk=4 does not divide top=6"):
         rm.memory("longmem", backbone(), top=6)
+
+
+def test_windows_in_the_backbone_bound_the_state() -> None:
+    torch.manual_seed(0)
+    base = rm.Decoder(rm.ModelConfig(11, 16, [{"mixer": "attention", "window": 8, "times": 4}], ffn=1))
+    model = rm.memory("longmem", base, window=8, memory=16, chunk=4, top=8).eval()
+    with torch.no_grad():
+        sizes = {n: model(torch.randint(11, (1, n))).state.nbytes for n in (100, 800, 1600)}
+        ids = torch.randint(11, (1, 90))
+        whole, first = model(ids), model(ids[:, :41])
+        rest = model(ids[:, 41:], first.state)
+    assert max(sizes.values()) < 1.3 * min(sizes.values()), sizes  # the bank lets go of its oldest tokens in blocks
+    assert_close("after a cut", rest.logits, whole.logits[:, 41:])

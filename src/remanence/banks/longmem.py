@@ -92,8 +92,8 @@ class LongMem(Model):
 
     Side layer i starts as a copy of block r (i + 1). The one in whose reach the backbone's block `layer` is (default: three quarters up)
     reads that block's keys and values by BankAttention. backbone: a Decoder whose block there, and that side layer's, are attention without
-    kv_heads and window. reduction: r, which divides the number of blocks. The paper's positions are ALiBi; here the backbone's rotary ones,
-    and none in the bank. Each row has a bank of its own, of the last `memory` tokens.
+    kv_heads; with windows in all blocks the state is bounded. reduction: r, which divides the number of blocks. The paper's positions are
+    ALiBi; here the backbone's rotary ones, and none in the bank. Each row has a bank of its own, of the last `memory` tokens.
     """
 
     kind = "longmem"
@@ -126,8 +126,8 @@ class LongMem(Model):
         side = [copy.deepcopy(backbone.blocks[i]) for i in range(reduction - 1, depth, reduction)]
         for block, place in ((side[self.reader], f"side layer {self.reader + 1}"), (backbone.blocks[layer - 1], f"block {layer}")):
             mixer = block.mixer
-            if not isinstance(mixer, Attention) or mixer.kv_heads != mixer.heads or mixer.window or mixer.rope_dims != mixer.head_dim:
-                raise UsageError(f"{place} is not attention with rotary positions and without kv_heads and window; its keys fill the bank.")
+            if not isinstance(mixer, Attention) or mixer.kv_heads != mixer.heads or mixer.rope_dims != mixer.head_dim:
+                raise UsageError(f"{place} is not attention with rotary positions and without kv_heads; its keys fill the bank.")
         source: Attention = backbone.blocks[layer - 1].mixer  # type: ignore[assignment]
         reading = BankAttention(2 * self.dim, side[self.reader].mixer, window, memory, chunk, top)  # type: ignore[arg-type]
         reading.bank.load_state_dict(source.to_qkv.state_dict())

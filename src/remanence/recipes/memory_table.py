@@ -216,8 +216,9 @@ def graft(model: Model, backbone: Model) -> Model:
 
 @dataclass(frozen=True)
 class Setup:
-    """How a memory meets the backbone. where: "around" it, in the place of all its "layers", of the third "layer", or "bare".
+    """How a memory meets the backbone.
 
+    where: "around" it, or with a "window" of SEGMENT in its layers, in the place of all its "layers", of the third "layer", or "bare".
     slug: of the catalog. hyper: see there; their sizes give about 4096 numbers where they can. growing: the state grows with the text.
     """
 
@@ -233,8 +234,10 @@ class Setup:
             return copy.deepcopy(backbone)
         if self.where == "around":
             return find(self.slug).builder(copy.deepcopy(backbone), **hyper)
-        own = {"mixer": find(self.slug, ("mixer",)).slug, **hyper}
         window = {"mixer": "attention", "window": SEGMENT}
+        if self.where == "window":
+            return find(self.slug).builder(graft(_decoder([window] * LAYERS), backbone), **hyper)
+        own = {"mixer": find(self.slug, ("mixer",)).slug, **hyper}
         return graft(_decoder([own] * LAYERS if self.where == "layers" else [window, window, own, window]), backbone)
 
 
@@ -280,7 +283,7 @@ SETUPS: dict[str, Setup] = {
     "lm2": _around("lm2", slots=8),
     "memoryprompt": _around("memoryprompt", slots=2, hidden=128, train_base=True),
     "contextual-memory-reweaving": _around("contextual-memory-reweaving", buffer=32),
-    "synaptic-resonance": _layers("synaptic-resonance"),
+    "synaptic-resonance": _layers("synaptic-resonance", window=SEGMENT),
     "memorizing-transformer": _layer("memorizing-transformer", window=SEGMENT, memory=4096),
     "landmark-attention": _layers("landmark-attention", growing=True, block=SEGMENT - 1),
     "infllm": _layers("infllm", growing=True, window=SEGMENT, block=16, sinks=16, top=4),
@@ -292,9 +295,9 @@ SETUPS: dict[str, Setup] = {
     "memoria": _around("memoria", working=4, reminded_short=4, reminded_long=4, short=12, long=8),
     "streamadapter": _around("streamadapter", queries=8, train_base=True),
     "pretrained-recurrence": _around("pretrained-recurrence"),
-    "rpt": Setup("rpt", "around", {"chunk": SEGMENT // 2, "window": SEGMENT}),
+    "rpt": Setup("rpt", "window", {"chunk": SEGMENT // 2, "window": SEGMENT}),
     "camelot": _layer("camelot", segment=SEGMENT, modes=16),
-    "longmem": Setup("longmem", "around", {"window": SEGMENT, "memory": 4096}),
+    "longmem": Setup("longmem", "window", {"window": SEGMENT, "memory": 4096}),
 }
 """Name in the table -> how it is built. A name is the slug, with what tells two rows of one system apart."""
 
