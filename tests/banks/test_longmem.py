@@ -101,4 +101,4 @@ def test_windows_in_the_backbone_bound_the_state() -> None:
         whole, first = model(ids), model(ids[:, :41])
         rest = model(ids[:, 41:], first.state)
     assert max(sizes.values()) < 1.3 * min(sizes.values()), sizes  # the bank lets go of its oldest tokens in blocks
-    assert_close("after a cut", rest.logits, whole.logits[:, 41:])
+    assert_close("after a cut", rest.logits, whole.logits[:, 41:], 1e-5)
