@@ -55,6 +55,9 @@ def test_verdicts_follow_the_figures() -> None:
     said = table.verdicts([*rows("armt", 0.9, 2.0), *rows("rmt", 0.2, 2.5), *rows("transformer-xl", 0.5, 2.1)])
     assert len(said) == 2 and ": confirmed. 90.0% against 20.0%" in said[0] and "the other way round. 2.500 against 2.100" in said[1]
     assert "no difference to be seen" in table.verdicts([*rows("armt", 0.9, 2.0), *rows("rmt", 0.9, 2.0)])[0]
+    lost = rows("rmt", 0.2, 2.5)
+    table.whole(lost).update(bits_per_byte=None, stretches=[None, None])
+    assert "rmt diverged on books" in table.verdicts([*lost, *rows("transformer-xl", 0.5, 2.1)])[0]
 
 
 def test_guesses_at_random_are_right_as_often_as_chance_says() -> None:

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..catalog import find
 from ..corpus import default_haystack, training_texts
@@ -382,10 +383,15 @@ def books(model: Model, streams: int, length: int) -> list[Row]:
         state = out.state
     bits = torch.cat(losses, 1).cpu() / math.log(2)  # [streams, length]
     edges = [edge for edge in EDGES if edge < length] + [length]
-    rows = [
-        {"task": "books", "from": lo, "to": hi, "bits_per_byte": float(bits[:, lo - 1 : hi - 1].mean())} for lo, hi in zip(edges, edges[1:])
-    ]
-    return [*rows, {"task": "books", "from": 1, "to": length + 1, "bits_per_byte": float(bits.mean()), "stretches": bits.mean(1).tolist()}]
+    rows = [{"task": "books", "from": lo, "to": hi, "bits_per_byte": finite(bits[:, lo - 1 : hi - 1])} for lo, hi in zip(edges, edges[1:])]
+    everywhere = {"task": "books", "from": 1, "to": length + 1, "bits_per_byte": finite(bits), "stretches": [finite(own) for own in bits]}
+    return [*rows, everywhere]
+
+
+def finite(values: Tensor) -> float | None:
+    """The mean; None of a model that diverged."""
+    mean = float(values.mean())
+    return mean if math.isfinite(mean) else None
 
 
 def cost(model: Model, bare: Model, grafted: float) -> Row:
@@ -525,7 +531,8 @@ def _summary(rows: list[Row]) -> str:
     pairs = "  ".join(
         f"{row['pairs']} pairs {row['accuracy']:.0%}" for row in rows if row["task"] == "assoc-retrieval" and row["gap"] == SEGMENT
     )
-    return f"{pairs}  {whole(rows)['bits_per_byte']:.3f} bits a byte"
+    bits = whole(rows)["bits_per_byte"]
+    return f"{pairs}  {'diverged on books' if bits is None else f'{bits:.3f} bits a byte'}"
 
 
 ORDERINGS: tuple[tuple[str, str, str, str], ...] = (
@@ -554,7 +561,10 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             difference, error = one - two, 2 * math.sqrt((one * (1 - one) + two * (1 - two)) / n)
             figures = f"{one:.1%} against {two:.1%} of the pairs, mean over {', '.join(str(p) for p in PAIRS)}"
         else:
-            bits = [np.array(whole(own)["stretches"]) for own in (mine, theirs)]
+            bits = [np.array(whole(own)["stretches"], dtype=float) for own in (mine, theirs)]  # None: NaN
+            if lost := [name for name, values in zip((first, second), bits) if np.isnan(values).any()]:
+                sentences.append(f"{claim}: nothing to compare, {lost[0]} diverged on books.")
+                continue
             gain = bits[1] - bits[0]
             difference, error = gain.mean(), 2 * gain.std(ddof=1) / math.sqrt(len(gain))
             figures = f"{bits[0].mean():.3f} against {bits[1].mean():.3f} bits a byte"
@@ -587,13 +597,14 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         near = get("accuracy", task="assoc-retrieval", pairs=4, gap=0)
         far = get("accuracy", task="assoc-retrieval", pairs=4, gap=GAPS["assoc-retrieval"][-1])
         state, bits = get("state_bytes", task="cost"), whole(own)["bits_per_byte"]
+        said = lambda value: "diverged" if value is None else f"{value:.3f}"  # noqa: E731
         late = [row["bits_per_byte"] for row in own if row["task"] == "books" and row["from"] == EDGES[-2]]
         lines.append([
             name, f"{state:,}", *(percent(get("accuracy", task="streams", **{"from": lo})) for lo in SINCE),
             *(percent(row["accuracy"]) for row in recalled(own)),
             percent(near), percent(far), f"{max(reached):,}" if reached else "-",
             percent(get("accuracy", task="fact-update", writes=WRITES[-1])), percent(get("stale", task="fact-update", writes=WRITES[-1])),
-            f"{bits:.3f}", f"{late[0]:.3f}" if late else "", f"{get('speed_to_bare', task='cost'):.2f}",
+            said(bits), said(late[0]) if late else "", f"{get('speed_to_bare', task='cost'):.2f}",
             f"{get('peak_training_mb', task='cost'):.0f}",
         ])  # fmt: skip
     return [head, *lines]
