@@ -111,7 +111,7 @@ def grid(cells: list[Cell], steps: int | None, fast: bool, **where: Any) -> Grid
     """The recipe's grid; where: seed and device."""
     sizes = STAGES[:1] if fast else STAGES
     return Languages(
-        "icll", "icll", cells, make, icll.VOCAB_SIZE, sizes, sizes if fast else TESTED, "strings", figure, steps or (4 if fast else 600),
+        "icll", "icll", cells, make, icll.VOCAB_SIZE, sizes, sizes if fast else TESTED, "strings", figure, steps or (4 if fast else 400),
         n=8 if fast else 128, rows=4 if fast else 32, dim=32 if fast else 128, goal=0.995, lr=1e-3, **where,
     )  # fmt: skip
 
