@@ -87,11 +87,11 @@ ABOUT = {
         "1 to 40 symbols, tested on up to 200. The published score is the mean over lengths above 40."
     ),
     "copying": (
-        "`remanence train copying`: copying strings of letters, trained up to 20, tested up to 60; two layers of width 128, all decoders "
+        "`remanence train copying`, stopped after four cells: copying strings of letters, trained up to 20, tested up to 60; two layers of width 128, all decoders "
         "with as many parameters as the one of attention."
     ),
     "icll": (
-        "`remanence train icll`: languages of small automata, new in every document, learned in context: how often the likeliest letter "
+        "`remanence train icll --mixers attention,mingru`: languages of small automata, new in every document, learned in context: how often the likeliest letter "
         "is a legal one, and the total variation to the true distribution (`distance`), by the number of words read."
     ),
     "icl-regression": (
