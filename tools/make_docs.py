@@ -91,8 +91,9 @@ ABOUT = {
         "width 128, all decoders with as many parameters as the one of attention."
     ),
     "icll": (
-        "`remanence train icll --mixers attention,mingru`: languages of small automata, new in every document, learned in context: how often "
-        "the likeliest letter is a legal one, and the total variation to the true distribution (`distance`), by the number of words read."
+        "`remanence train icll --mixers attention,mingru`: languages of small automata, new in every document, learned in context: how "
+        "often the likeliest letter is a legal one, and the total variation to the true distribution (`distance`), by the number of words "
+        "read."
     ),
     "icl-regression": (
         "`remanence train icl-regression`: linear regression in context, 5 dimensions, 16 points: squared error by the number of pairs "
