@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..catalog import find
 from ..errors import RemanenceError, UnknownName, UsageError
@@ -122,6 +122,17 @@ def symbol_loss(model: Model, piece: Piece, state: State | None) -> tuple[Tensor
     return loss, out.state, {"accuracy": (logits.detach().argmax(-1) == targets).float().mean()}
 
 
+def parameters(model: nn.Module) -> int:
+    """How many numbers a model learns or was given as parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def filling(wanted: int, bare: int, depth: int, dim: int) -> float:
+    """The `ffn` with which `depth` layers bring a model from `bare` parameters to about `wanted`; 0, none at all, if it is that large."""
+    hidden = (wanted - bare - depth * dim) // (3 * dim * depth)
+    return (hidden + 0.5) / dim if hidden > 0 else 0.0
+
+
 @torch.no_grad()
 def accuracy(model: Model, arrays: Arrays, rows: int = 64) -> float:
     """The fraction of scored positions that are right."""
@@ -196,9 +207,13 @@ class Grid:
         hyper = {name: value for name, value in cell.hyper.items() if name not in self.options and name != "depth"}
         return [{"mixer": cell.mixer, "times": cell.hyper.get("depth", self.depth), **hyper}]
 
+    def examples(self, cell: Cell, size: int, seed: int, n: int) -> Arrays:
+        """n sequences to test on, which depend on seed, size and the task's options only."""
+        return self.make(np.random.default_rng([seed, size, 0x7E57]), n, size, **self.chosen(cell))
+
     def test(self, model: Model, cell: Cell, size: int, seed: int, n: int) -> tuple[float, int]:
-        """Accuracy on n sequences that depend on seed, size and the task's options only, and their length."""
-        arrays = self.make(np.random.default_rng([seed, size, 0x7E57]), n, size, **self.chosen(cell))
+        """Accuracy on n `examples`, and their length."""
+        arrays = self.examples(cell, size, seed, n)
         return accuracy(model, arrays), arrays[0].shape[1]
 
     def start(self, out: str | Path, resume: bool = True, quiet: bool = False) -> dict[str, Any]:
@@ -255,7 +270,7 @@ class Grid:
         common = {
             "memory": cell.name, "mixer": cell.mixer, "setting": dict(cell.hyper), "task": self.task, **self.chosen(cell),
             "seed": self.seed, "budget": self.steps, "steps": steps, "seconds": round(time.monotonic() - began, 1),
-            "parameters": sum(p.numel() for p in model.parameters()), "trained": self.stages[-1], "n": self.n,
+            "parameters": parameters(model), "trained": self.stages[-1], "n": self.n,
         }  # fmt: skip
         rows = []
         for size in self.tested:

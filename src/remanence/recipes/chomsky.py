@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from ..mixers.tape_rnn import TapeRNN
-from ..models import Decoder, Model, ModelConfig
+from ..models import Decoder, ModelConfig
 from ..models.base import Output
 from ..models.decoder import DecoderState
 from ..span import Span
 from ..state import State
 from ..tasks import chomsky
 from ..tasks.symbols import Arrays
-from ._grid import Cell, Grid, accuracy, draw, grid_recipe
+from ._grid import Cell, Grid, draw, grid_recipe
 from ._results import Row, lines
 
 LONGEST = 40
@@ -59,11 +59,10 @@ class Told(Decoder):
 class ChomskyGrid(Grid):
     """A Grid whose tape-rnn cells are Told, and whose tests count as published."""
 
-    def test(self, model: Model, cell: Cell, size: int, seed: int, n: int) -> tuple[float, int]:
-        """Accuracy up to the END of answers that have one, and the length of the sequences."""
-        ids, targets = self.make(np.random.default_rng([seed, size, 0x7E57]), n, size, **self.chosen(cell))
-        ends = chomsky.problem(self.chosen(cell)["problem"]).ends
-        return accuracy(model, (ids, chomsky.counted(targets) if ends else targets)), ids.shape[1]
+    def examples(self, cell: Cell, size: int, seed: int, n: int) -> Arrays:
+        """Sequences whose targets go up to the END of answers that have one."""
+        ids, targets = super().examples(cell, size, seed, n)
+        return ids, chomsky.counted(targets) if chomsky.problem(self.chosen(cell)["problem"]).ends else targets
 
     def build(self, cell: Cell) -> Decoder:
         plain = super().build(cell)

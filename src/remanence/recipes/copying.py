@@ -18,7 +18,7 @@ import torch
 from ..models import Decoder, ModelConfig
 from ..tasks import copying
 from ..tasks.symbols import Arrays
-from ._grid import Cell, Grid, draw, grid_recipe
+from ._grid import Cell, Grid, draw, filling, grid_recipe, parameters
 from ._results import Row, lines
 
 STAGES = (5, 10, 20)
@@ -43,19 +43,15 @@ class EqualGrid(Grid):
 
     def build(self, cell: Cell) -> Decoder:
         """The decoder of a cell; the same seed gives the same one. No feed-forward at all where the mixers alone are that large."""
-        wanted = _parameters(super().build(Cell("attention", {"depth": cell.hyper.get("depth", self.depth)})))
+        wanted = parameters(super().build(Cell("attention", {"depth": cell.hyper.get("depth", self.depth)})))
         hyper = {name: value for name, value in cell.hyper.items() if name not in self.options and name not in ("depth", "ngrams")}
         depth = cell.hyper.get("depth", self.depth)
         first, *rest = [{"mixer": cell.mixer, **hyper} for _ in range(depth)]
         heads = [{"mixer": "ngram-head", "n": n, "ffn": 0} for n in range(1, cell.hyper.get("ngrams", 0) + 1)]
         bare = ModelConfig(self.vocab, self.dim, [first, *heads, *rest], ffn=0.0, tie=False, embedding_std=self.embedding_std)
-        hidden = (wanted - _parameters(Decoder(bare)) - depth * self.dim) // (3 * self.dim * depth)
+        ffn = filling(wanted, parameters(Decoder(bare)), depth, self.dim)
         torch.manual_seed(self.seed)
-        return Decoder(replace(bare, ffn=(hidden + 0.5) / self.dim if hidden > 0 else 0.0))
-
-
-def _parameters(model: Decoder) -> int:
-    return sum(p.numel() for p in model.parameters())
+        return Decoder(replace(bare, ffn=ffn))
 
 
 def make(rng: np.random.Generator, rows: int, length: int, variant: str) -> Arrays:

@@ -35,7 +35,7 @@ from ..tasks import oracles
 from ..tasks.base import IGNORE
 from ..tasks.icl_regression import interleave, stream
 from ..train import Piece, TrainConfig, environment, train
-from ._grid import MARKS, Cell, parse_cells
+from ._grid import MARKS, Cell, filling, parameters, parse_cells
 from ._results import Row, refuse_folder, resumed
 
 MIXERS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -134,10 +134,9 @@ class Regression:
         depth = cell.hyper.get("depth", self.depth)
         positive(depth=depth)
         hyper = {name: value for name, value in cell.hyper.items() if name not in OPTIONS}
-        wanted = _parameters(self._model({"mixer": "attention", "times": depth}, 2.0))
-        spare = wanted - _parameters(self._model({"mixer": cell.mixer, "times": depth, **hyper}, 0.0)) - depth * self.dim
-        hidden = spare // (3 * self.dim * depth)
-        return self._model({"mixer": cell.mixer, "times": depth, **hyper}, (hidden + 0.5) / self.dim if hidden > 0 else 0.0)
+        wanted = parameters(self._model({"mixer": "attention", "times": depth}, 2.0))
+        spec = {"mixer": cell.mixer, "times": depth, **hyper}
+        return self._model(spec, filling(wanted, parameters(self._model(spec, 0.0)), depth, self.dim))
 
     def _model(self, spec: dict[str, Any], ffn: float) -> SeriesModel:
         torch.manual_seed(self.seed)
@@ -214,14 +213,10 @@ class Regression:
         common = {
             "memory": cell.name, "mixer": cell.mixer, "setting": dict(cell.hyper), "task": "icl-linreg", "noise": noise,
             "inputs": self.inputs, "points": self.points, "n": self.n, "seed": self.seed, "budget": self.steps,
-            "parameters": _parameters(model), "seconds": round(time.monotonic() - began, 1),
+            "parameters": parameters(model), "seconds": round(time.monotonic() - began, 1),
             "nearest": min(away, key=lambda name: away[name]), "distances": {name: float(value) for name, value in away.items()},
         }  # fmt: skip
         return self._rows(common | ({"error": error} if error else {}), said, noise)
-
-
-def _parameters(model: SeriesModel) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def _errors(rows: list[Row]) -> dict[int, float]:
